@@ -1,0 +1,1 @@
+"""Captioned images: stores, shards, order, decoding, the loader and the embedded sample."""

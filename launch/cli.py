@@ -1,0 +1,379 @@
+"""The command line. The only module that names every package, and each one only inside the command that needs it.
+
+Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's mistake (one line), 75 preempted and saved.
+docs/commands.md is the user's page.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="darkroom",
+    help="Pretrain text-to-image latent-diffusion models from scratch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug shows a plain traceback
+    rich_markup_mode=None,  # rich would double the time of --help
+)
+data_app = typer.Typer(help="Make, index and check shards of captioned images.", no_args_is_help=True)
+train_app = typer.Typer(help="Train the autoencoder, then the diffusion transformer.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(train_app, name="train")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a recipe, or a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Values that replace the recipe's.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Run directory, checkpoint or artifact, local or s3://.")]
+Shards = Annotated[str, typer.Argument(metavar="URL", help="Folder of shards, local or s3://.")]
+
+
+def main() -> NoReturn:
+    """Runs the command of `sys.argv`; a user's mistake becomes one line and its exit code."""
+    try:
+        app()
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if not isinstance(code, int):
+            raise
+        from launch.runtime import report_error
+
+        report_error(error)
+        sys.exit(code)
+    sys.exit(0)
+
+
+def _say(text: str, quiet: bool = False) -> None:
+    if not quiet:
+        typer.echo(text)
+
+
+def _refuse(message: str) -> NoReturn:
+    from launch.errors import ConfigError
+
+    raise ConfigError(message)
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> None:
+    """One fact per line, or all of them as JSON."""
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    width = max((len(name) for name in facts), default=0)
+    for name, value in facts.items():
+        lines = value if isinstance(value, list) else [value]
+        for number, line in enumerate(lines or ["none"]):
+            shown = ", ".join(f"{k} {v}" for k, v in line.items()) if isinstance(line, dict) else line
+            typer.echo(f"{(name if number == 0 else '').ljust(width)}  {shown}")
+
+
+def _end_with_problems(url: str, problems: list[str], checked: str, remedy: str, quiet: bool, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"url": url, "problems": problems}))
+    else:
+        for problem in problems:
+            typer.echo(problem, err=True)
+    if problems:
+        _refuse(f"{url} has {len(problems)} problem{'s' * (len(problems) > 1)}; {remedy}")
+    if not as_json:
+        _say(checked, quiet)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+@data_app.command("digits")
+def data_digits(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder: train/, test/ and combinations/ go in.")],
+    train: Annotated[int, typer.Option(help="Training pictures.")] = 16384,
+    test: Annotated[int, typer.Option(help="Pictures of held-out digits.")] = 512,
+    combinations: Annotated[int, typer.Option(help="Pictures of held-out digit-colour pairs.")] = 512,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Compose the embedded sample: captioned 32x32 pictures of real handwritten digits."""
+    from data.digits import write_digits
+
+    write_digits(out, num_train=train, num_test=test, num_combinations=combinations, seed=seed)
+    _say(f"{out}: {train} training, {test} test and {combinations} held-out-combination pictures", quiet)
+
+
+@data_app.command("pack")
+def data_pack(
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of JPEG, PNG or WebP files.")],
+    captions: Annotated[Path, typer.Argument(metavar="CAPTIONS", help='JSONL: {"file": "a.jpg", "caption": "…"}.')],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder of shards, local or s3://.")],
+    samples_per_shard: Annotated[int, typer.Option(help="At most this many pictures in a shard.")] = 1000,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a folder of images and their captions into shards with an index."""
+    from data.pack import pack
+    from data.shards import describe
+
+    pack(images, captions, out, samples_per_shard=samples_per_shard)
+    if as_json or not quiet:
+        _show(describe(out), as_json)
+
+
+@data_app.command("index")
+def data_index(url: Shards, quiet: Quiet = False) -> None:
+    """Write the index of a folder of tars that something else packed."""
+    from data.shards import build_index
+
+    build_index(url)
+    _say(f"{url}: indexed", quiet)
+
+
+@data_app.command("verify")
+def data_verify(url: Shards, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Read every shard and compare it with the index. Exit code 2 if anything differs."""
+    from data.shards import verify
+
+    remedy = "restore the shards, or pack or index them anew in a new folder"
+    _end_with_problems(url, verify(url), f"{url}: every shard is as the index says", remedy, quiet, as_json)
+
+
+@data_app.command("ls")
+def data_ls(url: Shards, as_json: AsJson = False) -> None:
+    """Say what a folder of shards holds."""
+    from data.shards import describe
+
+    _show(describe(url), as_json)
+
+
+# --- train --------------------------------------------------------------------------------------------------------
+
+Nproc = Annotated[int, typer.Option("--nproc", metavar="N", help="Processes on this machine, one per GPU.")]
+RunDir = Annotated[str | None, typer.Option("--run", metavar="DIR", help="Run directory [default: runs/RECIPE].")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its arithmetic; train nothing.")]
+
+
+@train_app.command("autoencoder")
+def train_autoencoder(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = 1,
+    run: RunDir = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the autoencoder. The same command resumes."""
+    _train("autoencoder", recipe, overrides or [], nproc, run, dry_run, quiet)
+
+
+@train_app.command("dit")
+def train_dit(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = 1,
+    run: RunDir = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the diffusion transformer on an autoencoder's latents. The same command resumes."""
+    _train("dit", recipe, overrides or [], nproc, run, dry_run, quiet)
+
+
+def _train(
+    kind: str, recipe: str, overrides: list[str], nproc: int, run: str | None, dry_run: bool, quiet: bool
+) -> None:
+    from launch.config_io import find_recipe, load_recipe
+    from launch.runtime import become_single_rank, is_rank_process, ranks, spawn
+
+    if nproc < 1:
+        _refuse(f"--nproc {nproc} must be at least 1")
+    find_recipe(recipe)  # a wrong name is said before torch is imported for the recipe's dataclasses
+    _, config = load_recipe(recipe, overrides, {kind: _schema(kind)})
+    if dry_run:
+        from training.dry_run import describe
+
+        typer.echo(describe(config, ranks().world_size if is_rank_process() else nproc))
+        return
+    if nproc > 1 and not is_rank_process():
+        raise typer.Exit(spawn(nproc, [sys.executable, *sys.orig_argv[1:]]))
+    if not is_rank_process():
+        become_single_rank()
+    run_dir = run or f"runs/{Path(recipe).stem}"
+    if kind == "autoencoder":
+        from training import train_autoencoder as autoencoder_stage
+
+        autoencoder_stage.train(config, run_dir, quiet=quiet)
+    else:
+        from training import train_dit as dit_stage
+
+        dit_stage.train(config, run_dir, quiet=quiet)
+
+
+def _schema(kind: str) -> type:
+    """The dataclass that a recipe of this kind fills."""
+    if kind == "eval":
+        from eval.config import EvalRecipe
+
+        return EvalRecipe
+    from training.config import AutoencoderRecipe, DiTRecipe
+
+    return {"autoencoder": AutoencoderRecipe, "dit": DiTRecipe}[kind]
+
+
+# --- what a model is asked ----------------------------------------------------------------------------------------
+
+
+@app.command("sample")
+def sample(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text; repeat for more pictures.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the PNG files.")],
+    seed: Annotated[int, typer.Option(help="Picture i starts from seed + i.")] = 0,
+    steps: Annotated[int, typer.Option(help="Sampler steps.")] = 28,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 4.0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw pictures for prompts."""
+    if steps < 1:
+        _refuse(f"--steps {steps} must be at least 1")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _refuse(f"{out} is there already and nothing is overwritten; give another --out")
+    from PIL import Image
+
+    from eval.model_io import load_pipeline
+
+    pipeline = load_pipeline(model)
+    seeds = [seed + number for number in range(len(prompt))]
+    pictures = pipeline.generate(prompt, seeds, num_steps=steps, guidance_scale=guidance)  # (B, 3, H, W), [0, 1]
+    pixels = (pictures * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, picture in enumerate(pixels):
+        name = f"{number:04d}.png"
+        Image.fromarray(picture).save(out / name)
+        rows.append({"file": name, "prompt": prompt[number], "seed": seeds[number]})
+    facts = {"model": model, "num_steps": steps, "guidance_scale": guidance, "pictures": rows}
+    (out / "samples.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        _say(f"{out}: {len(rows)} picture{'s' * (len(rows) > 1)}", quiet)
+
+
+@app.command("eval")
+def evaluate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="[default: the run's eval/ folder]")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on held-out data."""
+    from launch.config_io import find_recipe, load_recipe
+
+    find_recipe(recipe)
+    _, config = load_recipe(recipe, overrides or [], {"eval": _schema("eval")})
+    if out is None:
+        is_run = Path(config.model, "run.yaml").is_file()
+        out = str(Path(config.model, "eval") if is_run else Path("runs", Path(recipe).stem))
+    from eval.run import run_eval
+
+    metrics = run_eval(config, out)
+    if as_json or not quiet:
+        _show(metrics, as_json)
+
+
+@app.command("export")
+def export(
+    model: Model,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="New folder that diffusers loads.")],
+    quiet: Quiet = False,
+) -> None:
+    """Write a diffusers pipeline and prove that it draws the pictures our own sampler draws."""
+    from eval.model_io import load_pipeline
+    from models.export import export_diffusers
+
+    difference = export_diffusers(load_pipeline(model), out)
+    _say(f"{out}: written; largest pixel difference to our own sampler {difference:.1e} of 1", quiet)
+
+
+@app.command("report")
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or the demo's folder.")],
+    quiet: Quiet = False,
+) -> None:
+    """Write RUN's report: one HTML page with curves, samples, metrics and the recipe."""
+    from eval.report import write_report
+
+    _say(str(write_report(run)), quiet)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+Checkpoints = Annotated[str, typer.Argument(metavar="URL", help="Run directory or checkpoints folder, or s3://.")]
+
+
+def _commits(url: str) -> tuple[Any, list[int]]:
+    """The store of a run's checkpoints and the committed steps; refuses a place without any."""
+    from data.manifest import list_commits
+    from data.object_store import join, open_store
+
+    for candidate in (join(url, "checkpoints"), url):
+        store = open_store(candidate)
+        steps = list_commits(store)
+        if steps:
+            return store, steps
+    _refuse(f"{url} holds no committed checkpoint; give a run directory or its checkpoints folder")
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(url: Checkpoints, as_json: AsJson = False) -> None:
+    """List the committed checkpoints."""
+    from data.manifest import read_manifest
+
+    store, steps = _commits(url)
+    rows: list[dict[str, Any]] = []
+    for step in steps:
+        manifest = read_manifest(store, step)
+        size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
+        rows.append({"step": step, "files": len(manifest.files), "bytes": size_bytes, "attempt": manifest.attempt})
+    if as_json:
+        typer.echo(json.dumps({"url": url, "checkpoints": rows}))
+    else:
+        for row in rows:
+            size_mib = row["bytes"] / 2**20
+            typer.echo(f"step {row['step']:>10}  {row['files']:>4} files  {size_mib:>10.1f} MiB  {row['attempt']}")
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(url: Checkpoints, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Read every committed checkpoint and compare sizes and SHA-256. Exit code 2 if anything differs."""
+    from data.manifest import read_manifest, verify
+
+    store, steps = _commits(url)
+    problems = [
+        f"step {step}: {problem}" for step in steps for problem in verify(store, step, read_manifest(store, step))
+    ]
+    remedy = "a resume takes the newest one without a problem"
+    _end_with_problems(url, problems, f"{url}: {len(steps)} good", remedy, quiet, as_json)
+
+
+# --- doctor -------------------------------------------------------------------------------------------------------
+
+
+@app.command("doctor")
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine and installation offer, and what is missing."""
+    from launch.doctor import examine
+
+    facts = examine()
+    _show(facts, as_json)
+    if facts["missing"]:
+        _refuse(f"missing: {', '.join(facts['missing'])}; install them, or run `make install`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Plain torch: networks, diffusion mathematics, samplers, and the artifacts that carry them."""

@@ -1,0 +1,144 @@
+"""From noise to latents: solvers of the probability-flow ODE, and classifier-free guidance.
+
+A solver integrates dx/dt = v(x, t) from t = 1 (noise) to t = 0 (data). It takes a denoiser, a function (x, t) -> v,
+and never asks which network or prediction stands behind it.
+"""
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.diffusion import shift_time
+from models.errors import ModelError
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, h, w), t (B,) float32) -> velocity, like x
+_FIRST_TIME_INVERSE = 1000  # the serving side's num_train_timesteps: its last step starts from the shifted 1 / 1000
+
+
+class Condition(Protocol):
+    """What the network is told of the texts."""
+
+    @property
+    def text_embeds(self) -> Tensor:
+        """(B, L, D) text tokens."""
+
+    @property
+    def text_mask(self) -> Tensor | None:
+        """(B, L) bool, True = keep; None keeps all."""
+
+    @property
+    def pooled(self) -> Tensor:
+        """(B, P) pooled text vector."""
+
+
+def schedule(num_steps: int, shift: float = 1.0) -> Tensor:
+    """The times a solver visits, equal to those of diffusers' FlowMatchEulerDiscreteScheduler.
+
+    num_steps times evenly from 1 to s(1/1000), each mapped by s(t) = shift t / (1 + (shift - 1) t), then 0. So the
+    smallest time is shifted twice, which is how the serving side does it, and the last step is a short one.
+
+    Args:
+        num_steps: How many steps, at least 1.
+        shift: Above 0; above 1 spends more of the steps near the noise.
+
+    Returns:
+        (num_steps + 1,) float32 on the CPU, strictly decreasing from 1 to 0.
+
+    Raises:
+        ModelError: num_steps or shift is out of range.
+    """
+    if num_steps < 1:
+        raise ModelError(f"num_steps = {num_steps} must be at least 1")
+    if not 0.0 < shift < float("inf"):
+        raise ModelError(f"shift = {shift} must be a finite number above 0")
+    last = shift_time(torch.tensor(1.0 / _FIRST_TIME_INVERSE, dtype=torch.float32), shift).item()
+    times = torch.from_numpy(np.linspace(1.0, last, num_steps))  # float64, as the serving side does it
+    return torch.cat((shift_time(times, shift).float(), torch.zeros(1)))
+
+
+@torch.no_grad()
+def sample_flow(
+    denoise: Denoiser,
+    noise: Tensor,
+    num_steps: int,
+    shift: float = 1.0,
+    method: Literal["euler", "heun"] = "euler",
+) -> Tensor:
+    """Integrate the probability-flow ODE from noise to latents.
+
+    Args:
+        denoise: The velocity at (x, t).
+        noise: (B, C, h, w), standard normal.
+        num_steps: Steps of the solver. Euler asks the denoiser once per step, Heun twice, but once in the last.
+        shift: Of the schedule, see `schedule`.
+        method: "euler" (first order, the serving side's) or "heun" (second order; Karras et al. 2022,
+            arXiv:2206.00364, Alg. 1).
+
+    Returns:
+        Latents like noise, in float32. No gradients are kept.
+
+    Raises:
+        ModelError: num_steps, shift or method is not possible.
+    """
+    if method not in ("euler", "heun"):
+        raise ModelError(f"sampling method {method!r} is not known: choose euler or heun")
+    times = schedule(num_steps, shift)
+    x = noise.float()
+    everyone = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
+    for i in range(num_steps):
+        t, t_next = times[i].item(), times[i + 1].item()  # on the CPU: no host sync
+        dt = (times[i + 1] - times[i]).item()
+        v = denoise(x, t * everyone).float()
+        # The last step stays an Euler step: t = 0 itself is never asked for, where some predictions divide by b(0).
+        if method == "heun" and i < num_steps - 1:
+            v = (v + denoise(x + dt * v, t_next * everyone).float()) / 2
+        x = x + dt * v
+    return x
+
+
+def guided(
+    dit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    condition: Condition,
+    null: Condition,
+    guidance_scale: float,
+) -> Denoiser:
+    """A denoiser with classifier-free guidance: v = v_null + w (v_condition - v_null) (arXiv:2207.12598).
+
+    With w = 1 the null condition is not evaluated; otherwise both run as one batch of twice the size.
+
+    Args:
+        dit: The network: (x_t, t, text_embeds, pooled, text_mask) -> velocity.
+        condition: Of the B pictures.
+        null: The empty condition, of B pictures or of one that stands for all; as many tokens as the condition.
+        guidance_scale: w; 1 is no guidance.
+
+    Returns:
+        The denoiser, for batches of B.
+    """
+    if guidance_scale == 1.0:
+        return lambda x, t: dit(x, t, condition.text_embeds, condition.pooled, condition.text_mask)
+
+    def both(empty: Tensor, told: Tensor) -> Tensor:
+        return torch.cat((empty.expand(told.shape[0], *empty.shape[1:]), told))
+
+    embeds = both(null.text_embeds, condition.text_embeds)  # (2B, L, D)
+    pooled = both(null.pooled, condition.pooled)  # (2B, P)
+    mask = None
+    if condition.text_mask is not None or null.text_mask is not None:
+        mask = both(_mask_of(null), _mask_of(condition))  # (2B, L)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        v_null, v = dit(torch.cat((x, x)), torch.cat((t, t)), embeds, pooled, mask).chunk(2)
+        return v_null + guidance_scale * (v - v_null)
+
+    return denoise
+
+
+def _mask_of(condition: Condition) -> Tensor:
+    """The condition's mask, all True where it has none."""
+    if condition.text_mask is not None:
+        return condition.text_mask
+    return torch.ones(condition.text_embeds.shape[:2], dtype=torch.bool, device=condition.text_embeds.device)

@@ -1,0 +1,1 @@
+"""Training stages: the autoencoder and the diffusion transformer."""

@@ -1,0 +1,210 @@
+"""Checkpoints by parameter name: any ZeRO stage and any number of ranks loads what any other wrote.
+
+Layout under `checkpoints/`: `step-00001000/<attempt>/<group>-<rank>.safetensors` and, written last with put-if-absent,
+`step-00001000/manifest.json`, which *is* the commit. A group is one kind of tensor ("model", "ema-0.9999", "exp_avg", …).
+Keys carry the attempt, so that a zombie of an earlier start can never overwrite what a later one wrote.
+"""
+
+import os
+import tempfile
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    list_commits,
+    newest_verified,
+    step_folder,
+    write_manifest,
+)
+from data.object_store import fetch_tree, join, open_store
+from launch.runtime import Ranks
+from models.artifact import sha256_of
+from training.engine import Fragment, gather, scatter
+from training.errors import TrainingError
+
+def _new_attempt() -> str:
+    return f"{os.environ.get('SLURM_JOB_ID', 'local')}-{uuid.uuid4().hex[:8]}"
+
+
+Groups = dict[str, dict[str, Fragment]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and how much to keep."""
+
+    url: str | None = None  # folder of the commits, local or s3://; None = checkpoints/ in the run directory
+    every_steps: int = 1000  # optimiser steps between checkpoints; the last step is always saved
+    keep_last: int = 3  # commits kept; older ones are deleted after a newer commit
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.keep_last < 2:
+            raise ValueError(
+                f"every_steps {self.every_steps} must be >= 1 and keep_last {self.keep_last} >= 2 "
+                "(one good commit must survive while the next is written)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A verified checkpoint, read lazily by tensor name."""
+
+    step: int
+    state: dict[str, Any]
+    index: dict[str, dict[str, str]]
+    folder: Path
+    complaints: list[str] = field(default_factory=list)
+
+    def tensor(self, group: str, name: str) -> Tensor:
+        """One whole tensor, float32 on the CPU."""
+        try:
+            key = self.index[group][name]
+        except KeyError:
+            raise TrainingError(
+                f"checkpoint {self.folder} has no tensor {name!r} in group {group!r}; it was written for another model: "
+                "use the recipe it was trained with, or another --run"
+            ) from None
+        with safe_open(str(self.folder / key), framework="pt") as file:
+            return file.get_tensor(name)
+
+    def group(self, group: str) -> dict[str, Tensor]:
+        return {name: self.tensor(group, name) for name in self.index.get(group, {})}
+
+    def load_module(self, module: nn.Module, group: str = "model") -> None:
+        """Copies one group into a module's parameters by name."""
+        fragments = {
+            name: Fragment(data=parameter.data, start=0, shape=tuple(parameter.shape), replicated=True)
+            for name, parameter in module.named_parameters()
+        }
+        self.restore({group: fragments})
+
+    def restore(self, groups: Groups) -> None:
+        """Copies this rank's part of every tensor into the live fragments; a shape that differs is refused."""
+        for group, fragments in groups.items():
+            for name, fragment in fragments.items():
+                full = self.tensor(group, name)
+                if tuple(full.shape) != fragment.shape:
+                    raise TrainingError(
+                        f"checkpoint {self.folder}: {group}/{name} has shape {tuple(full.shape)}, the model wants "
+                        f"{fragment.shape}; use the recipe it was trained with, or another --run"
+                    )
+                scatter(full, fragment)
+
+
+class Checkpointer:
+    """Saves and finds the commits of one run.
+
+    Args:
+        directory: the run's.
+        config: where to, and retention.
+        process: rank and world size.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig, process: Ranks) -> None:
+        self.url = config.url or str(directory / "checkpoints")
+        self.config = config
+        self.rank = process.rank
+        self.world_size = process.world_size
+        self.store = open_store(self.url)
+        self.attempt = ""
+
+    def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
+        """Writes, verifies on all ranks, commits, then prunes. Collective; an error on one rank is an error on all."""
+        self.attempt = self.attempt or self._from_rank0(_new_attempt())
+        folder = step_folder(step)
+        mine, index = self._gather(groups)
+        files, error = {}, None
+        try:
+            files = self._write(folder, mine)
+        except OSError as caught:
+            error = f"rank {self.rank}: {caught}"
+        reports = self._exchange((files, error))
+        errors = [message for _, message in reports if message]
+        if errors:
+            raise TrainingError(f"checkpoint {join(self.url, folder)} was not committed: {'; '.join(errors)}")
+        if self.rank == 0:
+            entries = {key: entry for files, _ in reports for key, entry in files.items()}
+            manifest = Manifest(step=step, attempt=self.attempt, files=entries, meta={"state": state, "index": index})
+            committed = write_manifest(self.store, folder, manifest)
+            error = None if committed else f"{join(self.url, folder)} was committed by another attempt of this run"
+        error = self._from_rank0(error)
+        if error:
+            raise TrainingError(f"{error}; two processes train the same run: stop one of them")
+        self._prune()
+
+    def newest(self) -> Snapshot | None:
+        """The newest commit that verifies, or None for a run that never saved.
+
+        Called before the process group exists, so every rank looks for itself; `Run.resume` checks that all found the
+        same step.
+        """
+        found = newest_verified(self.store)
+        if found is None:
+            return None
+        step, manifest, complaints = found
+        folder = fetch_tree(join(self.url, step_folder(step)))
+        meta = manifest.meta
+        return Snapshot(step=step, state=meta["state"], index=meta["index"], folder=folder, complaints=complaints)
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+    def _gather(self, groups: Groups) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, str]]]:
+        """Assembles every tensor; its owner (the rank with the least so far) keeps it on the host."""
+        load = [0] * self.world_size
+        mine: dict[str, dict[str, Tensor]] = {}
+        index: dict[str, dict[str, str]] = {}
+        for group, fragments in groups.items():
+            for name, fragment in fragments.items():
+                owner = load.index(min(load))
+                load[owner] += fragment.numel
+                index.setdefault(group, {})[name] = f"{self.attempt}/{group}-{owner:05d}.safetensors"
+                full = gather(fragment)
+                if owner == self.rank:
+                    mine.setdefault(group, {})[name] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
+        return mine, index
+
+    def _write(self, folder: str, mine: dict[str, dict[str, Tensor]]) -> dict[str, FileEntry]:
+        files = {}
+        with tempfile.TemporaryDirectory(prefix="darkroom-checkpoint-") as staging:
+            for group, tensors in mine.items():
+                key = f"{self.attempt}/{group}-{self.rank:05d}.safetensors"
+                path = Path(staging) / f"{group}.safetensors"
+                save_file(tensors, str(path))
+                files[key] = FileEntry(size_bytes=path.stat().st_size, sha256=sha256_of(path))
+                self.store.put_file(path, f"{folder}/{key}")
+                path.unlink()
+        return files
+
+    def _prune(self) -> None:
+        """Deletes commits beyond `keep_last`, manifest first, so that none is ever half there."""
+        if self.rank == 0:
+            for step in list_commits(self.store)[: -self.config.keep_last]:
+                folder = step_folder(step)
+                self.store.delete(f"{folder}/{MANIFEST}")
+                for key, _ in self.store.list(f"{folder}/"):
+                    self.store.delete(key)
+
+    # -- ranks ------------------------------------------------------------------------------------------------------
+    def _from_rank0(self, value):
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _exchange(self, value) -> list:
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,338 @@
+"""The only door to accelerate and deepspeed: one model, one optimiser, any ZeRO stage.
+
+Everything above this module sees plain tensors. What DeepSpeed partitions is shown as `Fragment`s: the contiguous slice
+of a parameter whose fp32 master copy lives on this rank. The EMA and the checkpoints are built on fragments alone, so
+neither knows a ZeRO stage.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.errors import TrainingError
+from training.optim import OptimConfig, build_adamw
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the model is spread over ranks and in which precision it computes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2  # what DeepSpeed shards: 1 optimiser states, 2 + gradients, 3 + parameters
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU, float32 on CPU
+    micro_batch_size: int  # samples per rank per forward
+    global_batch_size: int  # samples per optimiser step over all ranks
+    max_grad_norm: float = 1.0  # global L2 norm at which gradients are clipped; 0 = no clipping
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}; make it one"
+            )
+        if self.zero_stage == 0 and self.precision == "bfloat16":
+            raise ValueError("zero_stage 0 keeps no fp32 master weights for bfloat16; use zero_stage 1, 2 or 3")
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per rank per optimiser step; refuses a world size that does not divide the global batch."""
+        per_pass = self.micro_batch_size * world_size
+        if self.global_batch_size % per_pass:
+            micro_batches = self.global_batch_size // self.micro_batch_size
+            valid = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+            raise TrainingError(
+                f"engine.global_batch_size {self.global_batch_size} does not divide over {world_size} ranks of "
+                f"micro_batch_size {self.micro_batch_size}; valid numbers of ranks: {', '.join(map(str, valid))}"
+            )
+        return self.global_batch_size // per_pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """This rank's contiguous part of one flattened parameter (or of a tensor sharded like it).
+
+    `data` is a live fp32 view of length n; it holds elements [start, start + n) of the flattened tensor of `shape`. A
+    rank that owns nothing of a parameter has n = 0. `replicated` means that every rank holds the whole tensor.
+    """
+
+    data: Tensor
+    start: int
+    shape: tuple[int, ...]
+    replicated: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return int(torch.Size(self.shape).numel())
+
+    def like(self, data: Tensor) -> "Fragment":
+        """The same place in another tensor of the same shape (an EMA, an optimiser moment)."""
+        return Fragment(data=data, start=self.start, shape=self.shape, replicated=self.replicated)
+
+
+def gather(fragment: Fragment) -> Tensor:
+    """The whole tensor on every rank, float32, by one all-reduce of a buffer that is zero outside the own fragment.
+
+    Collective: every rank calls it for the same tensor in the same order. Adding zeros is exact.
+    """
+    if fragment.replicated:
+        return fragment.data.detach().reshape(fragment.shape)
+    full = torch.zeros(fragment.numel, dtype=torch.float32, device=fragment.data.device)
+    full[fragment.start : fragment.start + fragment.data.numel()] = fragment.data
+    if dist.get_world_size() > 1:
+        dist.all_reduce(full)
+    return full.reshape(fragment.shape)
+
+
+def scatter(full: Tensor, fragment: Fragment) -> None:
+    """Copies this rank's part of a whole tensor into its fragment."""
+    part = full.reshape(-1)[fragment.start : fragment.start + fragment.data.numel()]
+    fragment.data.view(-1).copy_(part)
+
+
+class Engine:
+    """accelerate drives DeepSpeed: forward, backward with accumulation, clipping, AdamW.
+
+    Args:
+        model: fp32 parameters, the same values on every rank.
+        config: stage, precision, batch sizes.
+        optim: AdamW settings; the learning rate is set each step through `set_learning_rate`.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, model: nn.Module, config: EngineConfig, optim: OptimConfig, world_size: int) -> None:
+        self.config = config
+        self.accumulation_steps = config.accumulation_steps(world_size)
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        largest = max(parameter.numel() for parameter in model.parameters())
+        self._accelerator = _accelerator(config, self.accumulation_steps, largest)
+        self.device = self._accelerator.device
+        self.rank = self._accelerator.process_index
+        self.world_size = self._accelerator.num_processes
+        self.precision = self._resolve_precision()
+        optimizer = build_adamw(model, optim)
+        self.model, self._optimizer = self._accelerator.prepare(model.to(self.device), optimizer)
+        self.module: nn.Module = self.model.module
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def _resolve_precision(self) -> torch.dtype:
+        return torch.bfloat16 if _use_bfloat16(self.config, self.device.type) else torch.float32
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+    def autocast(self) -> AbstractContextManager:
+        """Matrix products in the engine's precision; norms and losses stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+    def accumulate(self) -> AbstractContextManager:
+        """Wraps one micro-batch; the last of `accumulation_steps` synchronises the gradients and steps the optimiser."""
+        return self._accelerator.accumulate(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates d(loss / accumulation_steps); on the last micro-batch also clips and steps (DeepSpeed's order)."""
+        self._accelerator.backward(loss)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step before clipping (host sync: call it when logging only)."""
+        norm = self.model.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates DeepSpeed left out because a gradient was not finite."""
+        return int(self.model.skipped_steps)
+
+    # -- what the EMA and the checkpoints read ----------------------------------------------------------------------
+    def weight_fragments(self) -> dict[str, Fragment]:
+        """fp32 master weights by parameter name (live views)."""
+        return dict(self._fragments(None))
+
+    def moment_fragments(self) -> dict[str, dict[str, Fragment]]:
+        """Both Adam moments by parameter name (live views); zero-initialised if no step was taken yet."""
+        self._initialise_optimizer_state()
+        return {key: dict(self._fragments(key)) for key in ("exp_avg", "exp_avg_sq")}
+
+    def adam_step(self) -> int:
+        """Updates applied so far (AdamW's own counter, which bias correction uses)."""
+        steps = [int(state["step"]) for state in self._base_optimizer().state.values() if "step" in state]
+        return max(steps, default=0)
+
+    def set_adam_step(self, step: int) -> None:
+        self._initialise_optimizer_state()
+        for state in self._base_optimizer().state.values():
+            state["step"].fill_(float(step))
+
+    def all_gather(self, fragments: dict[str, Fragment]) -> dict[str, Tensor]:
+        """Whole tensors on every rank (collective)."""
+        return {name: gather(fragment) for name, fragment in fragments.items()}
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over ranks, in place (collective)."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def barrier(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leaves the process group; call once, on every rank, when nothing is in flight."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+    # -- DeepSpeed's partitions -------------------------------------------------------------------------------------
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self.model.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """The tensors AdamW really steps: flat fp32 partitions under ZeRO, the parameters themselves at stage 0."""
+        zero = self.model.optimizer
+        if self.config.zero_stage == 3:
+            return list(zero.fp32_partitioned_groups_flat)
+        if self.config.zero_stage > 0:
+            return list(zero.single_partition_of_fp32_groups)
+        return self.parameters
+
+    def _initialise_optimizer_state(self) -> None:
+        """AdamW makes its state at the first step; a checkpoint is loaded before that."""
+        state = self._base_optimizer().state
+        for partition in self._flat_partitions():
+            if not state[partition]:
+                state[partition].update(
+                    step=torch.zeros((), dtype=torch.float32),
+                    exp_avg=torch.zeros_like(partition),
+                    exp_avg_sq=torch.zeros_like(partition),
+                )
+
+    def _fragments(self, moment: str | None) -> Iterator[tuple[str, Fragment]]:
+        state = self._base_optimizer().state
+        zero = self.model.optimizer
+
+        def of(partition: Tensor) -> Tensor:
+            return partition.data if moment is None else state[partition][moment]
+
+        for parameter in self.parameters:
+            name = self.names[id(parameter)]
+            if self.config.zero_stage == 0:
+                yield name, Fragment(data=of(parameter), start=0, shape=tuple(parameter.shape), replicated=True)
+            elif self.config.zero_stage == 3:
+                group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+                start = min(dist.get_rank() * parameter.ds_tensor.ds_numel, parameter.ds_numel)
+                length = min(length, parameter.ds_numel - start)  # the last partition is padded
+                data = of(zero.fp32_partitioned_groups_flat[group]).narrow(0, offset, length)
+                yield name, Fragment(data=data, start=start, shape=tuple(parameter.ds_shape))
+            else:
+                yield name, self._zero12_fragment(parameter, of)
+
+    def _zero12_fragment(self, parameter: nn.Parameter, of: Callable[[Tensor], Tensor]) -> Fragment:
+        mapping = parameter._hp_mapping
+        if mapping is None:  # another rank's partition holds all of it
+            empty = torch.empty(0, dtype=torch.float32, device=self.device)
+            return Fragment(data=empty, start=0, shape=tuple(parameter.shape))
+        place = mapping.hp_fragment_address
+        flat = of(self.model.optimizer.single_partition_of_fp32_groups[mapping.param_group_index])
+        data = flat.narrow(0, place.start, place.numel)
+        return Fragment(data=data, start=mapping.lp_fragment_address.start, shape=tuple(parameter.shape))
+
+
+class Replica:
+    """A second model beside the engine (the discriminator): DistributedDataParallel and its own AdamW.
+
+    Two DeepSpeed engines that share one adversarial loss give silently wrong gradients; a ZeRO generator beside a DDP
+    discriminator is exact.
+    """
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, device: torch.device) -> None:
+        self.module = model.to(device)
+        self.optimizer = build_adamw(self.module, optim)
+        parallel = dist.is_initialized() and dist.get_world_size() > 1
+        self.model = nn.parallel.DistributedDataParallel(self.module) if parallel else self.module
+
+    @contextmanager
+    def accumulate(self, *, first: bool, last: bool) -> Iterator[None]:
+        """Wraps forward and backward of one micro-batch; gradients are averaged over ranks and applied on the last."""
+        if first:
+            self.optimizer.zero_grad(set_to_none=True)
+        parallel = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        with self.model.no_sync() if parallel and not last else nullcontext():
+            yield
+        if last:
+            self.optimizer.step()
+
+    def counters(self) -> dict[str, int]:
+        """What a checkpoint's state carries beside the fragments."""
+        return {"discriminator_adam_step": max((int(s["step"]) for s in self.optimizer.state.values()), default=0)}
+
+    def fragments(self) -> dict[str, dict[str, Fragment]]:
+        """Weights and moments as replicated fragments: {"weights": {name: …}, "exp_avg": …, "exp_avg_sq": …}."""
+        groups: dict[str, dict[str, Fragment]] = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        for name, parameter in self.module.named_parameters():
+            state = self.optimizer.state[parameter]
+            if not state:
+                state.update(
+                    step=torch.zeros((), dtype=torch.float32),
+                    exp_avg=torch.zeros_like(parameter),
+                    exp_avg_sq=torch.zeros_like(parameter),
+                )
+            shape = tuple(parameter.shape)
+            for group, data in (("weights", parameter.data), *((key, state[key]) for key in ("exp_avg", "exp_avg_sq"))):
+                groups[group][name] = Fragment(data=data, start=0, shape=shape, replicated=True)
+        return groups
+
+    def set_adam_step(self, step: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(step))
+
+
+def _use_bfloat16(config: EngineConfig, device_type: str) -> bool:
+    return config.precision == "bfloat16" or (
+        config.precision == "auto" and device_type == "cuda" and config.zero_stage > 0
+    )
+
+
+def _accelerator(config: EngineConfig, accumulation_steps: int, largest_parameter: int):
+    """The Accelerator with a DeepSpeed configuration in which nothing is left to a default that changes numbers."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)  # otherwise DeepSpeed looks for MPI
+    os.environ.setdefault("MASTER_PORT", "29500")
+    import deepspeed
+    import deepspeed.ops
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin
+
+    # The shared-memory collective is compiled at start-up (80 s, needs ninja and g++, and a killed compile leaves a lock
+    # that hangs the next run), yet only tensor-parallel inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    bucket = max(largest_parameter, 2**22 if not torch.cuda.is_available() else 2**28)  # elements; allocated up front
+    ds_config = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": config.max_grad_norm,  # absent means 1.0
+        "bf16": {"enabled": _use_bfloat16(config, "cuda" if torch.cuda.is_available() else "cpu")},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    return Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps),
+    )

@@ -1,0 +1,274 @@
+"""What both stages share around their steps: the run directory, resume, logging, checkpoints, the stop signal.
+
+The order of a resume: (1) the recipe is compared with the run's own, (2) the newest commit is verified, (3) its weights
+are loaded by name before the engine shards them, (4) fp32 masters, moments and averages are copied into the fragments,
+(5) the loader starts at the count of micro-batches consumed, (6) the loop goes on at the saved step.
+"""
+
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.loader import Batch
+from launch.config_io import dump_yaml, read_yaml, to_dict
+from launch.runtime import PreemptionFlag, Ranks
+from training.checkpoint import Checkpointer, Groups, Snapshot
+from training.config import AutoencoderRecipe, DiTRecipe
+from training.engine import Engine
+from training.errors import Preempted, TrainingError
+from training.metrics import Meter, Metrics
+
+# A resumed run may change these; anything else would make it another run.
+CHANGEABLE = {"total_steps", "log_every_steps", "sample_every_steps", "samples", "checkpoint", "validation_shards"}
+CHANGEABLE_NESTED = {"engine": {"zero_stage"}, "data": {"num_workers", "shards", "max_bad_fraction"}}
+
+
+def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) -> None:
+    """Makes the run directory and `run.yaml`, or checks that this recipe is the one the run was started with."""
+    path = directory / "run.yaml"
+    resolved = {"kind": kind, **to_dict(recipe)}
+    if path.exists():
+        refuse_other_recipe(read_yaml(path)["recipe"], resolved, directory)
+    elif ranks.rank == 0:
+        if directory.exists() and any(directory.iterdir()):
+            raise TrainingError(f"{directory} exists but is no run (no run.yaml); choose another --run or empty it")
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(dump_yaml({"recipe": resolved, "provenance": provenance()}), encoding="utf-8")
+        partial.rename(path)
+
+
+def refuse_other_recipe(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
+    """Names the first field that makes `new` a different run."""
+    for key in sorted(old.keys() | new.keys()):
+        if key in CHANGEABLE:
+            continue
+        left, right = old.get(key), new.get(key)
+        for inner in CHANGEABLE_NESTED.get(key, ()):
+            left = {name: value for name, value in left.items() if name != inner}
+            right = {name: value for name, value in right.items() if name != inner}
+        if left != right:
+            name, was, now = _first_difference(key, left, right)
+            raise TrainingError(
+                f"{directory} was started with {name} = {was!r}, the recipe now says {now!r}; "
+                "restore the value, or give another --run"
+            )
+
+
+def _first_difference(path: str, left: Any, right: Any) -> tuple[str, Any, Any]:
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in sorted(left.keys() | right.keys()):
+            if left.get(key) != right.get(key):
+                return _first_difference(f"{path}.{key}", left.get(key), right.get(key))
+    return path, left, right
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and the git commit, for `run.yaml`."""
+    packages = ("torch", "deepspeed", "accelerate", "webdataset", "transformers", "open-clip-torch", "safetensors")
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+@dataclass
+class Counters:
+    """Where the run stands; saved with every checkpoint."""
+
+    step: int = 0  # optimiser steps taken
+    images_seen: int = 0  # pictures consumed over all ranks
+    micro_batches: int = 0  # consumed over all ranks: the data cursor
+    bad_samples: int = 0  # masked over all ranks
+    elapsed_s: float = 0.0  # training time over all attempts
+
+
+class Run:
+    """One attempt at a run: counts, logs, saves, and notices the signal to stop.
+
+    Args:
+        directory: local run directory.
+        recipe: of either stage; the fields that both have are read.
+        engine: gives ranks and collectives.
+        checkpointer: where commits go.
+        data_fingerprint: of the training shards; a resume on other data is refused.
+        describe: gives plain values that every commit carries along for its readers.
+        quiet: no progress line.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        recipe: AutoencoderRecipe | DiTRecipe,
+        engine: Engine,
+        checkpointer: Checkpointer,
+        data_fingerprint: str,
+        describe: Callable[[], dict[str, Any]],
+        quiet: bool,
+    ) -> None:
+        self.directory = directory
+        self.recipe = recipe
+        self.engine = engine
+        self.checkpointer = checkpointer
+        self.data_fingerprint = data_fingerprint
+        self.describe = describe
+        self.counters = Counters()
+        self.meter = Meter()
+        self.metrics = Metrics(directory, engine.rank, recipe.total_steps, quiet)
+        self.preemption = PreemptionFlag()
+        self._started_s = 0.0  # start of the row being measured; waits that are not training move it
+        self._wait_s = 0.0
+        self._images = 0
+        self._bad = 0  # on this rank, since the last row
+        self._last_bad: dict[str, Any] = {}
+
+    # -- resume -----------------------------------------------------------------------------------------------------
+    def resume(self, snapshot: Snapshot | None, groups: Callable[[], Groups]) -> None:
+        """Restores fragments and counters from a commit, if there is one (collective)."""
+        found = -1.0 if snapshot is None else float(snapshot.step)
+        if self._sum_over_ranks(found) != found * self.engine.world_size:
+            raise TrainingError(
+                f"the ranks of {self.directory} do not see the same checkpoints; put the run directory on storage that "
+                "all nodes share"
+            )
+        if snapshot is None:
+            return
+        for complaint in snapshot.complaints:
+            self.metrics.say(f"warning: {complaint}; falling back to step {snapshot.step}")
+        if snapshot.state["data_fingerprint"] != self.data_fingerprint:
+            raise TrainingError(
+                f"{self.directory} was trained on data with fingerprint {snapshot.state['data_fingerprint'][:12]}, "
+                f"data.shards now has {self.data_fingerprint[:12]}; restore the data, or give another --run"
+            )
+        snapshot.restore(groups())
+        self.engine.set_adam_step(snapshot.state["adam_step"])
+        self.counters = Counters(**snapshot.state["counters"])
+        self.metrics.say(f"resuming {self.directory} at step {self.counters.step}")
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+    def steps(self) -> Iterator[int]:
+        """Numbers of the steps still to take; the body may log, draw and save after its optimiser step."""
+        self._started_s = time.perf_counter()
+        with self.preemption:
+            while self.counters.step < self.recipe.total_steps:
+                yield self.counters.step
+                self.counters.step += 1
+
+    def micro_batches(self, loader: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches of one optimiser step; waiting for them is measured, bad samples are recorded."""
+        for _ in range(self.engine.accumulation_steps):
+            before = time.perf_counter()
+            batch = next(loader)
+            self._wait_s += time.perf_counter() - before
+            if batch.bad:
+                self._quarantine(batch)
+            yield batch
+            images = len(batch.captions) * self.engine.world_size
+            self.counters.micro_batches += self.engine.world_size
+            self.counters.images_seen += images
+            self._images += images
+
+    def due(self, every_steps: int) -> bool:
+        """Is something that happens every so many steps, and at the last one, due after this step?"""
+        step = self.counters.step + 1
+        return step % every_steps == 0 or step == self.recipe.total_steps
+
+    @contextmanager
+    def not_training_time(self) -> Iterator[None]:
+        """Leaves pictures and saves out of images/s."""
+        before = time.perf_counter()
+        yield
+        self._started_s += time.perf_counter() - before
+
+    def log(self, **extra: float) -> None:
+        """Writes a row if one is due after this step. Collective when due."""
+        if not self.due(self.recipe.log_every_steps):
+            return
+        step, total_steps = self.counters.step + 1, self.recipe.total_steps
+        means = self.meter.read(self.engine.mean)
+        seconds = time.perf_counter() - self._started_s
+        self.counters.elapsed_s += seconds
+        self.counters.bad_samples += round(self._sum_over_ranks(self._bad))
+        row = {
+            "step": step,
+            "images_seen": self.counters.images_seen,
+            "time_s": round(self.counters.elapsed_s, 3),
+            **means,
+            **extra,
+            "grad_norm": self.engine.grad_norm(),
+            "skipped_steps": self.engine.skipped_steps,
+            "bad_samples": self.counters.bad_samples,
+            "images_per_s": self._images / seconds,
+            "data_wait_share": self._wait_s / seconds,
+            "eta_s": self.counters.elapsed_s / step * (total_steps - step),
+        }
+        self.metrics.write(row)
+        self.metrics.show(step, total_steps, row)
+        self._wait_s, self._images, self._bad, self._started_s = 0.0, 0, 0, time.perf_counter()
+        self._refuse_worthless(step, means["loss"])
+
+    def save_if_due(self, groups: Callable[[], Groups]) -> None:
+        """Commits a checkpoint of the state after this step when one is due or a signal asked for it. Collective.
+
+        Raises:
+            Preempted: a signal asked to stop, and the commit is there.
+        """
+        step = self.counters.step + 1
+        stop = self.due(self.recipe.log_every_steps) and self._sum_over_ranks(bool(self.preemption)) > 0
+        if not (stop or self.due(self.recipe.checkpoint.every_steps)):
+            return
+        state = {
+            "counters": {**vars(self.counters), "step": step},
+            "adam_step": self.engine.adam_step(),
+            "data_fingerprint": self.data_fingerprint,
+            **self.describe(),
+        }
+        with self.not_training_time():
+            self.checkpointer.save(step, groups(), state)
+        if stop and step < self.recipe.total_steps:
+            raise Preempted(f"preempted: {self.directory} is saved at step {step}; the same command resumes")
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.engine.close()
+
+    # -- what goes wrong --------------------------------------------------------------------------------------------
+    def _quarantine(self, batch: Batch) -> None:
+        with (self.directory / f"bad_samples-{self.engine.rank}.jsonl").open("a", encoding="utf-8") as file:
+            for record in batch.bad:
+                file.write(json.dumps({"step": self.counters.step, **record}) + "\n")
+        self._bad += len(batch.bad)
+        self._last_bad = batch.bad[-1]
+
+    def _refuse_worthless(self, step: int, loss: float) -> None:
+        """Stops a run that learns nothing any more: a loss that is not finite, or too many bad samples."""
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"loss is {loss} at step {step} of {self.directory}; lower optim.learning_rate or engine.max_grad_norm, "
+                "then start another --run"
+            )
+        allowed = self.recipe.data.max_bad_fraction * max(self.counters.images_seen, 1000)
+        if self.counters.bad_samples > allowed:
+            last = f"; the last on this rank: {self._last_bad}" if self._last_bad else ""
+            raise TrainingError(
+                f"{self.counters.bad_samples} of {self.counters.images_seen} samples could not be used, more than "
+                f"data.max_bad_fraction {self.recipe.data.max_bad_fraction}; see {self.directory}/bad_samples-*.jsonl{last}"
+            )
+
+    def _sum_over_ranks(self, value: float) -> float:
+        total = self.engine.mean(torch.tensor(float(value), dtype=torch.float64, device=self.engine.device))
+        return float(total) * self.engine.world_size

@@ -1,0 +1,201 @@
+"""The autoencoder stage: a VAE with a PatchGAN discriminator; ends with weights and measured latent statistics."""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.loader import build_loader, iterate_once
+from data.object_store import fetch_tree
+from data.shards import load_index
+from launch.runtime import Ranks, ranks
+from models.autoencoder import Autoencoder, save_autoencoder
+from models.discriminator import Discriminator
+from models.perceptual import load_perceptual
+from training.autoencoder_step import discriminator_step, generator_step
+from training.checkpoint import Checkpointer, Groups
+from training.config import AutoencoderRecipe
+from training.diffusion_step import posterior_noise
+from training.ema import EMA
+from training.engine import Engine, Replica
+from training.hooks import write_grid
+from training.loop import Run, open_run_directory
+from training.losses import psnr_db
+from training.schedule import learning_rate
+
+
+def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
+    """Trains, or resumes, the run in `run_dir` and ends with `artifact/` (kind "autoencoder") and `summary.json`.
+
+    Raises:
+        TrainingError: a recipe, data set or checkpoint that does not fit; one line with the remedy.
+        Preempted: a signal asked to stop; everything is saved.
+    """
+    process, directory = ranks(), Path(run_dir)
+    recipe.engine.accumulation_steps(process.world_size)  # refuses an impossible number of ranks first
+    index = load_index(recipe.data.shards)
+    perceptual = _perceptual(recipe, process)
+    open_run_directory(directory, recipe, "autoencoder", process)
+
+    autoencoder = Autoencoder(recipe.model)
+    autoencoder.init_weights(recipe.seed)
+    discriminator = Discriminator(recipe.discriminator)
+    discriminator.init_weights(recipe.seed + 1)
+    checkpointer = Checkpointer(directory, recipe.checkpoint, process)
+    snapshot = checkpointer.newest()
+    if snapshot is not None:
+        snapshot.load_module(autoencoder)  # before the engine shards it
+    engine = Engine(autoencoder, recipe.engine, recipe.optim, process.world_size)
+    replica = Replica(discriminator, recipe.discriminator_optim, engine.device)
+    ema = EMA(recipe.ema, engine.weight_fragments())
+    if perceptual is not None:
+        perceptual.to(engine.device)
+
+    def groups() -> Groups:
+        averages = {f"ema-{decay}": ema.fragments(decay) for decay in recipe.ema.decays}
+        adversary = {f"discriminator-{group}": tensors for group, tensors in replica.fragments().items()}
+        return {"model": engine.weight_fragments(), **averages, **engine.moment_fragments(), **adversary}
+
+    run = Run(directory, recipe, engine, checkpointer, index.fingerprint, replica.counters, quiet)
+    run.resume(snapshot, groups)
+    if snapshot is not None:
+        replica.set_adam_step(snapshot.state["discriminator_adam_step"])
+
+    def averaged() -> Autoencoder:
+        copy = Autoencoder(recipe.model).to(engine.device)
+        copy.load_state_dict(engine.all_gather(ema.fragments()), strict=False)
+        return copy.eval().requires_grad_(False)
+
+    loop(recipe, run, engine, replica, perceptual, ema, groups, averaged)
+    finish(recipe, run, engine, averaged())
+
+
+def loop(
+    recipe: AutoencoderRecipe,
+    run: Run,
+    engine: Engine,
+    replica: Replica,
+    perceptual: nn.Module | None,
+    ema: EMA,
+    groups: Callable[[], Groups],
+    averaged: Callable[[], Autoencoder],
+) -> None:
+    """Generator's turn, then discriminator's turn, on the same micro-batch."""
+    loader = iter(
+        build_loader(
+            recipe.data,
+            seed=recipe.seed,
+            micro_batch_size=recipe.engine.micro_batch_size,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            first_micro_batch=run.counters.micro_batches,
+        )
+    )
+    for step in run.steps():
+        rate = learning_rate(recipe.schedule, recipe.optim.learning_rate, step, recipe.total_steps)
+        engine.set_learning_rate(rate)
+        for micro, batch in enumerate(run.micro_batches(loader)):
+            images, weights = batch.images.to(engine.device), batch.weights.to(engine.device)
+            numbers = batch.sample_numbers.to(engine.device)
+            eps = posterior_noise(engine.module, images, numbers, recipe.seed)
+            with engine.accumulate():
+                with engine.autocast():
+                    turn = generator_step(
+                        engine.model,
+                        replica.module,
+                        perceptual,
+                        images,
+                        eps,
+                        weights,
+                        recipe.loss,
+                        last_layer=engine.module.last_layer,
+                        step=step,
+                    )
+                engine.backward(turn.loss)  # on the last micro-batch: reduce, clip, AdamW
+            run.meter.add(**turn.scalars)
+            if step >= recipe.loss.disc_start_step:
+                with replica.accumulate(first=micro == 0, last=micro == engine.accumulation_steps - 1):
+                    with engine.autocast():
+                        disc_loss = discriminator_step(replica.model, images, turn.decoded, weights)
+                    (disc_loss / engine.accumulation_steps).backward()
+                run.meter.add(disc_loss=disc_loss)
+        ema.update(step)
+        run.log(lr=rate)
+        if run.due(recipe.sample_every_steps):
+            with run.not_training_time():
+                draw(recipe, engine, averaged(), run.directory / "samples" / f"step-{step + 1:08d}.png")
+        run.save_if_due(groups)
+
+
+def draw(recipe: AutoencoderRecipe, engine: Engine, autoencoder: Autoencoder, path: Path) -> None:
+    """Eight pictures above their reconstructions by the averaged weights (rank 0)."""
+    if engine.rank == 0:
+        shards = recipe.validation_shards or recipe.data.shards
+        images = torch.stack([sample[1] for sample in iterate_once(shards, recipe.data.image_size, limit=8)])
+        decoded = reconstruct(autoencoder, images.to(engine.device)).cpu()
+        write_grid((torch.cat([images, decoded]) + 1) / 2, path, columns=8)
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """Pictures through the posterior's mean and back, (B, 3, H, W) in about [-1, 1]."""
+    return autoencoder.decode_raw(autoencoder.encode(images).mean)
+
+
+def finish(recipe: AutoencoderRecipe, run: Run, engine: Engine, autoencoder: Autoencoder) -> None:
+    """Measures the latent statistics and the held-out PSNR, writes the artifact, leaves the process group."""
+    mean, std = measure_statistics(recipe, engine, autoencoder)
+    autoencoder.set_statistics(mean, std)
+    folder = run.directory / "artifact"
+    if engine.rank == 0 and not folder.exists():
+        summary = {"latent_mean": mean.tolist(), "latent_std": std.tolist()}
+        if recipe.validation_shards:
+            values = [
+                psnr_db(reconstruct(autoencoder, images), images)
+                for images in _batches(recipe.validation_shards, recipe, range(0, 512), engine.device)
+            ]
+            summary["psnr_db"] = float(torch.stack(values).mean())
+            run.metrics.say(f"held-out PSNR {summary['psnr_db']:.2f} dB")
+        (run.directory / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        save_autoencoder(folder, autoencoder.cpu())
+    run.metrics.say(f"{run.directory} is finished at step {run.counters.step}: {folder}")
+    run.close()
+
+
+@torch.no_grad()
+def measure_statistics(recipe: AutoencoderRecipe, engine: Engine, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and standard deviation of raw posterior samples over the first pictures of the training shards.
+
+    The variance is that of the sampled latent: Var[μ] + E[σ²]. Every rank encodes its share; sums are float64.
+    """
+    channels = recipe.model.latent_channels
+    sums = torch.zeros(3, channels, dtype=torch.float64, device=engine.device)  # Σμ, Σ(μ² + σ²), count
+    mine = range(engine.rank, recipe.statistics_images, engine.world_size)
+    for images in _batches(recipe.data.shards, recipe, mine, engine.device):
+        posterior = autoencoder.encode(images)
+        mu = posterior.mean.double()
+        sums[0] += mu.sum((0, 2, 3))
+        sums[1] += (mu.square() + posterior.logvar.double().exp()).sum((0, 2, 3))
+        sums[2] += mu[:, 0].numel()
+    sums = engine.mean(sums)
+    mean = sums[0] / sums[2]
+    return mean.float(), (sums[1] / sums[2] - mean.square()).sqrt().float()
+
+
+def _batches(shards: str, recipe: AutoencoderRecipe, numbers: range, device: torch.device) -> Iterator[Tensor]:
+    samples = iterate_once(shards, recipe.data.image_size, limit=numbers.stop)
+    mine = (sample[1] for sample in islice(samples, numbers.start, None, numbers.step))
+    while chunk := list(islice(mine, 64)):
+        yield torch.stack(chunk).to(device)
+
+
+def _perceptual(recipe: AutoencoderRecipe, process: Ranks) -> nn.Module | None:
+    """LPIPS when its weights are given; their absence is said aloud."""
+    if recipe.loss.perceptual_weights is None:
+        if process.rank == 0:
+            print("loss.perceptual_weights is not given: this run trains without the perceptual loss", flush=True)
+        return None
+    return load_perceptual(fetch_tree(recipe.loss.perceptual_weights), recipe.loss.perceptual_sha256)

@@ -1,0 +1,192 @@
+"""The diffusion stage: a ZeRO-sharded DiT on latents of a frozen autoencoder and frozen text encoders."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data.loader import build_loader
+from data.object_store import fetch_tree
+from data.shards import load_index
+from launch.runtime import ranks
+from models.artifact import config_to_dict
+from models.autoencoder import load_autoencoder, save_autoencoder
+from models.dit import DiT, DiTConfig
+from models.pipeline import TextToImage
+from models.text_encoder import Conditioner
+from training.checkpoint import Checkpointer, Groups
+from training.config import DiTRecipe
+from training.diffusion_step import Frozen, diffusion_step
+from training.ema import EMA
+from training.engine import Engine
+from training.errors import TrainingError
+from training.hooks import sample_grid
+from training.loop import Run, open_run_directory
+from training.schedule import learning_rate
+
+
+def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
+    """Trains, or resumes, the run in `run_dir` and ends with `artifact/`.
+
+    Raises:
+        TrainingError: a recipe, data set, artifact or checkpoint that does not fit; one line with the remedy.
+        Preempted: a signal asked to stop; everything is saved.
+    """
+    process, directory = ranks(), Path(run_dir)
+    recipe.engine.accumulation_steps(process.world_size)  # refuses an impossible number of ranks first
+    index = load_index(recipe.data.shards)
+    frozen = load_frozen(recipe)
+    open_run_directory(directory, recipe, "dit", process)
+
+    dit_config = dit_config_of(recipe, frozen)
+    dit = DiT(dit_config)
+    dit.init_weights(recipe.seed)
+    checkpointer = Checkpointer(directory, recipe.checkpoint, process)
+    snapshot = checkpointer.newest()
+    if snapshot is not None:
+        snapshot.load_module(dit)  # before the engine shards it
+    engine = Engine(dit, recipe.engine, recipe.optim, process.world_size)
+    frozen.to(engine.device)
+    keep_frozen(frozen, directory, engine)
+    ema = EMA(recipe.ema, engine.weight_fragments())
+
+    def groups() -> Groups:
+        averages = {f"ema-{decay}": ema.fragments(decay) for decay in recipe.ema.decays}
+        return {"model": engine.weight_fragments(), **averages, **engine.moment_fragments()}
+
+    pipeline = {
+        "dit": config_to_dict(dit_config),
+        "diffusion": config_to_dict(recipe.diffusion),
+        "image_size": recipe.data.image_size,
+        "weights": f"ema-{recipe.ema.decays[0]}",
+    }
+    run = Run(directory, recipe, engine, checkpointer, index.fingerprint, lambda: {"pipeline": pipeline}, quiet)
+    run.resume(snapshot, groups)
+
+    def draw(path: Path) -> None:
+        sampler = TextToImage(frozen.autoencoder, DiT(dit_config).to(engine.device), frozen.conditioner,
+                              recipe.diffusion, recipe.data.image_size)  # fmt: skip
+        sample_grid(engine, ema.fragments(), sampler, recipe.samples, path)
+
+    loop(recipe, run, engine, ema, frozen, groups, draw)
+    finish(recipe, run, engine, ema, frozen, dit_config)
+
+
+def loop(
+    recipe: DiTRecipe,
+    run: Run,
+    engine: Engine,
+    ema: EMA,
+    frozen: Frozen,
+    groups: Callable[[], Groups],
+    draw: Callable[[Path], None],
+) -> None:
+    """Forward, backward and step."""
+    loader = iter(
+        build_loader(
+            recipe.data,
+            seed=recipe.seed,
+            micro_batch_size=recipe.engine.micro_batch_size,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            first_micro_batch=run.counters.micro_batches,
+        )
+    )
+    for step in run.steps():
+        rate = learning_rate(recipe.schedule, recipe.optim.learning_rate, step, recipe.total_steps)
+        engine.set_learning_rate(rate)
+        for batch in run.micro_batches(loader):
+            with engine.accumulate():
+                with engine.autocast():
+                    loss, scalars = diffusion_step(
+                        engine.model,
+                        batch,
+                        frozen,
+                        recipe.diffusion,
+                        seed=recipe.seed,
+                        sample_latents=recipe.latents == "sample",
+                    )
+                engine.backward(loss)  # on the last micro-batch: reduce, clip, AdamW
+            run.meter.add(**scalars)
+        ema.update(step)
+        run.log(lr=rate)
+        if recipe.samples.prompts and run.due(recipe.samples.every_steps):
+            with run.not_training_time():
+                draw(run.directory / "samples" / f"step-{step + 1:08d}.png")
+        run.save_if_due(groups)
+
+
+def load_frozen(recipe: DiTRecipe) -> Frozen:
+    """The autoencoder artifact and the text encoders that the recipe names, on the CPU.
+
+    Raises:
+        TrainingError: the autoencoder is not there, or its downsampling does not fit the picture size.
+    """
+    source = fetch_tree(recipe.autoencoder)
+    folder = source / "artifact" if (source / "run.yaml").exists() else source
+    if not folder.is_dir():
+        raise TrainingError(
+            f"autoencoder {recipe.autoencoder} has no finished artifact; run `darkroom train autoencoder` to its end "
+            "or name an artifact folder"
+        )
+    autoencoder, fingerprint = load_autoencoder(folder)
+    side = autoencoder.config.downsampling * recipe.model.patch_size
+    if recipe.data.image_size % side:
+        raise TrainingError(
+            f"data.image_size {recipe.data.image_size} is not a multiple of {side} "
+            f"(downsampling {autoencoder.config.downsampling} x patch_size {recipe.model.patch_size}); change one of them"
+        )
+    conditioner = Conditioner(recipe.text_encoders)
+    dropout = torch.tensor([encoder.dropout for encoder in recipe.text_encoders])
+    return Frozen(
+        autoencoder=autoencoder, autoencoder_fingerprint=fingerprint, conditioner=conditioner, dropout=dropout
+    )
+
+
+def dit_config_of(recipe: DiTRecipe, frozen: Frozen) -> DiTConfig:
+    """The transformer's sizes: the recipe's own and those that follow from the frozen networks."""
+    grid = recipe.data.image_size // (frozen.autoencoder.config.downsampling * recipe.model.patch_size)
+    return DiTConfig(
+        latent_channels=frozen.autoencoder.config.latent_channels,
+        patch_size=recipe.model.patch_size,
+        depth=recipe.model.depth,
+        width=recipe.model.width,
+        num_heads=recipe.model.num_heads,
+        text_dim=frozen.conditioner.text_dim,
+        pooled_dim=frozen.conditioner.pooled_dim,
+        max_grid=recipe.model.max_grid,
+        base_grid=grid,
+    )
+
+
+def keep_frozen(frozen: Frozen, directory: Path, engine: Engine) -> None:
+    """Keeps the frozen networks in the run, so that its checkpoints need nothing else; refuses others on resume."""
+    kept = directory / "frozen"
+    if engine.rank == 0 and not kept.exists():
+        save_autoencoder(kept / "autoencoder", frozen.autoencoder)
+        frozen.conditioner.save(kept / "text_encoders")
+    engine.barrier()
+    _, fingerprint = load_autoencoder(kept / "autoencoder")
+    for what, was, now in (
+        ("autoencoder", fingerprint, frozen.autoencoder_fingerprint),
+        ("text encoders", Conditioner.load(kept / "text_encoders").fingerprint, frozen.conditioner.fingerprint),
+    ):
+        if was != now:
+            raise TrainingError(
+                f"{directory} was trained with {what} {was[:12]}, the recipe now gives {now[:12]}; "
+                "restore the old one, or give another --run"
+            )
+
+
+def finish(recipe: DiTRecipe, run: Run, engine: Engine, ema: EMA, frozen: Frozen, dit_config: DiTConfig) -> None:
+    """Writes the artifact from the first average and leaves the process group."""
+    tensors = engine.all_gather(ema.fragments())
+    folder = run.directory / "artifact"
+    if engine.rank == 0 and not folder.exists():
+        dit = DiT(dit_config)
+        dit.load_state_dict({name: tensor.cpu() for name, tensor in tensors.items()})
+        TextToImage(
+            frozen.autoencoder.cpu(), dit, frozen.conditioner.cpu(), recipe.diffusion, recipe.data.image_size
+        ).save(folder)
+    run.metrics.say(f"{run.directory} is finished at step {run.counters.step}: {folder}")
+    run.close()
