@@ -1,6 +1,6 @@
 # A fresh machine needs git, make, gcc and Python >= 3.11; everything else comes into .venv.
 #
-#   make demo      install, then the whole way of the data on the embedded sample
+#   make demo      install, then the whole way of the data on the embedded sample; DEMO="--dir DIR" elsewhere
 #   make test      install, then the tests (minutes); make test-all runs the long ones
 #   make check     lint, format and types; make fix repairs what can be repaired
 #
@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; name one: make PYTHON=/path/to/python3.12 …" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: $(PYTHON) is not a Python >= 3.11; name one: make PYTHON=/path/to/python3.12 …" >&2; exit 2; }
-	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$(UV)"
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .

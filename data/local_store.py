@@ -4,6 +4,8 @@ import io
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,13 +31,13 @@ class LocalStore:
 
     def open_range(self, key: str, start: int = 0, length: int | None = None) -> BinaryIO:
         path = self._existing(key)
-        if length is None:
+        with _errors(path):
             file = path.open("rb")
             file.seek(start)
-            return file
-        with path.open("rb") as file:
-            file.seek(start)
-            return io.BytesIO(file.read(length))
+            if length is None:
+                return file
+            with file:
+                return io.BytesIO(file.read(length))
 
     def size(self, key: str) -> int:
         return self._existing(key).stat().st_size
@@ -43,20 +45,22 @@ class LocalStore:
     def put_file(self, path: Path, key: str) -> None:
         temp = self._temp(key)
         try:
-            with Path(path).open("rb") as source, temp.open("wb") as out:
-                shutil.copyfileobj(source, out, COPY_BYTES)
-                _flush(out)
-            self._rename(temp, key)
+            with _errors(self.root / key):
+                with Path(path).open("rb") as source, temp.open("wb") as out:
+                    shutil.copyfileobj(source, out, COPY_BYTES)
+                    _flush(out)
+                self._rename(temp, key)
         finally:
             temp.unlink(missing_ok=True)
 
     def put_bytes(self, data: bytes, key: str) -> None:
         temp = self._temp(key)
         try:
-            with temp.open("wb") as out:
-                out.write(data)
-                _flush(out)
-            self._rename(temp, key)
+            with _errors(self.root / key):
+                with temp.open("wb") as out:
+                    out.write(data)
+                    _flush(out)
+                self._rename(temp, key)
         finally:
             temp.unlink(missing_ok=True)
 
@@ -101,15 +105,21 @@ class LocalStore:
 
     def _temp(self, key: str) -> Path:
         parent = (self.root / checked_key(key)).parent
-        try:
+        with _errors(parent):
             parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{parent}: cannot be made ({error.strerror}); choose a folder you may write to") from error
         return parent / f"{TEMP_PREFIX}{uuid.uuid4().hex}"
 
     def _rename(self, temp: Path, key: str) -> None:
         temp.replace(self.root / key)
         _flush_folder((self.root / key).parent)
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check the path, the rights and the free space") from error
 
 
 def _flush(file: BinaryIO) -> None:

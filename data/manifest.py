@@ -1,8 +1,8 @@
 """The commit of a checkpoint: a manifest, written last, without which the step does not exist.
 
-The store is rooted at the checkpoints folder. A step's files lie under `step-%08d/` (under a sub-folder that names the
-attempt that wrote them, so that a leftover process of an earlier attempt cannot overwrite them); `step-%08d/manifest.json`
-lists each with its size and SHA-256 and is put only if absent: the first writer wins, and it is the commit.
+The store is rooted at the checkpoints folder. A step's files lie under `step-%08d/`, in a sub-folder that names the
+attempt that wrote them, so that a leftover process of an earlier attempt cannot overwrite them. Its manifest.json
+lists each file with its size and SHA-256 and is put only if absent: the first writer wins, and it is the commit.
 """
 
 import hashlib
@@ -82,7 +82,7 @@ def read_manifest(store: Store, step: int) -> Manifest:
         files = {checked_key(name): FileEntry(**entry) for name, entry in fields.pop("files").items()}
         manifest = Manifest(files=files, **fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, DataError) and str(error).startswith(store.url):
             raise
         raise DataError(f"{join(store.url, key)}: damaged manifest; restore it or use another checkpoint") from error
     if manifest.step != step:

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
@@ -107,13 +108,17 @@ def fetch_tree(url: str | os.PathLike[str], cache_dir: Path | None = None) -> Pa
         return path
     store = open_store(url)
     assert isinstance(store, S3Store)
-    listing = store.listing()
+    listing, single = store.listing(), ""
+    if not listing and "/" in store.url.removeprefix("s3://"):  # no folder, but perhaps one file
+        parent, single = store.url.rsplit("/", 1)
+        store = S3Store(store.bucket, parent.removeprefix(f"s3://{store.bucket}").strip("/"))
+        listing = [entry for entry in store.listing(single) if entry[0] == single]
     if not listing:
-        raise DataError(f"{store.url}: nothing there; check the address and AWS_ENDPOINT_URL")
+        raise DataError(f"{os.fspath(url)}: nothing there; check the address and AWS_ENDPOINT_URL")
     root = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darkroom"
     target = root / hashlib.sha256(repr((store.url, listing)).encode()).hexdigest()[:32]
     if target.exists():
-        return target
+        return target / single
     partial = target.with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}")
     try:
         for key, size, _ in listing:
@@ -132,7 +137,7 @@ def fetch_tree(url: str | os.PathLike[str], cache_dir: Path | None = None) -> Pa
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
+    return target / single
 
 
 def put_tree(path: Path, url: str | os.PathLike[str]) -> int:
@@ -153,33 +158,18 @@ def _local_path(url: str) -> Path:
 
 
 class S3Store:
-    """A prefix of an S3 bucket. Each process makes its client at first use, so a store may be pickled and forked."""
+    """A prefix of an S3 bucket; may be pickled and forked."""
 
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._client: Any = None
-        self._client_pid = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None, "_client_pid": 0}
 
     @property
     def client(self) -> Any:
         """The boto3 client of this process."""
-        if self._client is None or self._client_pid != os.getpid():
-            import boto3
-            from botocore.config import Config
-
-            retries = (
-                {} if "AWS_MAX_ATTEMPTS" in os.environ else {"retries": {"mode": "standard", "total_max_attempts": 6}}
-            )
-            with self._errors(""):
-                session = boto3.session.Session()
-                self._client = session.client("s3", config=Config(connect_timeout=10, read_timeout=60, **retries))
-            self._client_pid = os.getpid()
-        return self._client
+        with self._errors(""):
+            return _client(os.getpid(), hash(tuple(item for item in os.environ.items() if item[0].startswith("AWS_"))))
 
     def open_range(self, key: str, start: int = 0, length: int | None = None) -> BinaryIO:
         head = self._head(key)
@@ -292,6 +282,19 @@ _REMEDIES = {
     "BadDigest": "the store received other bytes than were sent; check the network and try again",
     "SlowDown": "the store asks to slow down, also after retries; lower the load or raise AWS_MAX_ATTEMPTS",
 }
+
+
+@lru_cache(maxsize=4)
+def _client(_pid: int, _environment: int) -> Any:
+    """Makes a client: one per process, as connections do not survive a fork, and per AWS environment."""
+    import boto3
+    from botocore.config import Config
+
+    retries: dict[str, Any] = {}
+    if "AWS_MAX_ATTEMPTS" not in os.environ:
+        retries = {"retries": {"mode": "standard", "total_max_attempts": 6}}
+    session = boto3.session.Session()
+    return session.client("s3", config=Config(connect_timeout=10, read_timeout=60, **retries))
 
 
 def _explain(error: Any) -> str:

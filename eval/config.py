@@ -18,8 +18,8 @@ class ReaderConfig:
     """The classifier that reads digit pictures (`eval.digit_reader`)."""
 
     kind: Literal["digits"] = "digits"  # the embedded sample is the only set a reader is known for
-    num_pictures: int = 8192  # real training pictures that it is fitted on
-    epochs: int = 3  # passes over them
+    num_pictures: int = 16384  # real training pictures that it is fitted on
+    epochs: int = 2  # passes over them
     batch_size: int = 128  # pictures per optimiser step
     learning_rate: float = 3e-3  # peak of the one-cycle schedule (AdamW)
     seed: int = 0  # of its weights, the order and the shifts

@@ -1,10 +1,11 @@
 """What the autoencoder loses: PSNR and SSIM of held-out pictures against their reconstructions."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from eval.errors import EvalError
 from eval.pictures import to_images, to_pictures
@@ -14,6 +15,18 @@ SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for pixels in [0, 1]
 # Equal pictures have an infinite PSNR; they count as this much, so that a mean stays a number.
 PSNR_CAP_DB = 100.0
+
+
+class Codec(Protocol):
+    """What is measured: `models.autoencoder.Autoencoder`, or anything with its two methods."""
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Normalised latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of normalised latents."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +76,7 @@ def ssim(pictures: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: nn.Module, pictures: Tensor, batch_size: int, device: torch.device) -> Tensor:
+def reconstruct(autoencoder: Codec, pictures: Tensor, batch_size: int, device: torch.device) -> Tensor:
     """Encodes to the posterior mean and decodes: uint8 (B, 3, H, W) to uint8 of the same shape."""
     chunks = []
     for chunk in pictures.split(batch_size):

@@ -26,6 +26,9 @@ app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(checkpoint_app, name="checkpoint")
 
+# Of metrics.json: what a terminal is spared.
+NOT_FIGURES = ("format_version", "model", "settings", "data", "prompts", "reader", "versions", "eval_seconds")
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a recipe, or a YAML file.")]
@@ -62,15 +65,9 @@ def _refuse(message: str) -> NoReturn:
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:
     """One fact per line, or all of them as JSON."""
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    width = max((len(name) for name in facts), default=0)
-    for name, value in facts.items():
-        lines = value if isinstance(value, list) else [value]
-        for number, line in enumerate(lines or ["none"]):
-            shown = ", ".join(f"{k} {v}" for k, v in line.items()) if isinstance(line, dict) else line
-            typer.echo(f"{(name if number == 0 else '').ljust(width)}  {shown}")
+    from launch.show import facts_text
+
+    typer.echo(json.dumps(facts) if as_json else facts_text(facts))
 
 
 def _end_with_problems(url: str, problems: list[str], checked: str, remedy: str, quiet: bool, as_json: bool) -> None:
@@ -96,30 +93,32 @@ def data_digits(
     combinations: Annotated[int, typer.Option(help="Pictures of held-out digit-colour pairs.")] = 512,
     seed: int = 0,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compose the embedded sample: captioned 32x32 pictures of real handwritten digits."""
     from data.digits import write_digits
 
-    write_digits(out, num_train=train, num_test=test, num_combinations=combinations, seed=seed)
-    _say(f"{out}: {train} training, {test} test and {combinations} held-out-combination pictures", quiet)
+    done = write_digits(out, num_train=train, num_test=test, num_combinations=combinations, seed=seed)
+    if as_json or not quiet:
+        _show(done, as_json)
 
 
 @data_app.command("pack")
 def data_pack(
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of JPEG, PNG or WebP files.")],
-    captions: Annotated[Path, typer.Argument(metavar="CAPTIONS", help='JSONL: {"file": "a.jpg", "caption": "…"}.')],
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Folder of JPEG, PNG or WebP files.")],
+    captions: Annotated[str, typer.Argument(metavar="CAPTIONS", help='JSONL: {"file": "a.jpg", "caption": "…"}.')],
     out: Annotated[str, typer.Argument(metavar="OUT", help="New folder of shards, local or s3://.")],
-    samples_per_shard: Annotated[int, typer.Option(help="At most this many pictures in a shard.")] = 1000,
+    samples_per_shard: Annotated[int, typer.Option(help="At most this many pictures in a shard.")] = 4096,
+    min_shards: Annotated[int, typer.Option(help="At least this many shards, if there are as many pictures.")] = 16,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Pack a folder of images and their captions into shards with an index."""
     from data.pack import pack
-    from data.shards import describe
 
-    pack(images, captions, out, samples_per_shard=samples_per_shard)
+    done = pack(images, captions, out, samples_per_shard=samples_per_shard, min_shards=min_shards)
     if as_json or not quiet:
-        _show(describe(out), as_json)
+        _show(done, as_json)
 
 
 @data_app.command("index")
@@ -281,22 +280,27 @@ def evaluate(
         out = str(Path(config.model, "eval") if is_run else Path("runs", Path(recipe).stem))
     from eval.run import run_eval
 
-    metrics = run_eval(config, out)
-    if as_json or not quiet:
+    metrics = run_eval(config, out, say=lambda line: _say(line, quiet or as_json))
+    if as_json:
         _show(metrics, as_json)
+    elif not quiet:
+        _show({key: value for key, value in metrics.items() if key not in NOT_FIGURES}, as_json)
+        _say(f"{out}: metrics.json, pictures and prompts")
 
 
 @app.command("export")
 def export(
     model: Model,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="New folder that diffusers loads.")],
+    steps: Annotated[int, typer.Option(help="Sampler steps recommended to the caller.")] = 28,
+    guidance: Annotated[float, typer.Option(help="Guidance scale recommended to the caller.")] = 4.0,
     quiet: Quiet = False,
 ) -> None:
     """Write a diffusers pipeline and prove that it draws the pictures our own sampler draws."""
     from eval.model_io import load_pipeline
     from models.export import export_diffusers
 
-    difference = export_diffusers(load_pipeline(model), out)
+    difference = export_diffusers(load_pipeline(model), out, num_steps=steps, guidance_scale=guidance)
     _say(f"{out}: written; largest pixel difference to our own sampler {difference:.1e} of 1", quiet)
 
 
@@ -351,12 +355,16 @@ def checkpoint_ls(url: Checkpoints, as_json: AsJson = False) -> None:
 @checkpoint_app.command("verify")
 def checkpoint_verify(url: Checkpoints, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Read every committed checkpoint and compare sizes and SHA-256. Exit code 2 if anything differs."""
+    from data.errors import DataError
     from data.manifest import read_manifest, verify
 
     store, steps = _commits(url)
-    problems = [
-        f"step {step}: {problem}" for step in steps for problem in verify(store, step, read_manifest(store, step))
-    ]
+    problems: list[str] = []
+    for step in steps:
+        try:
+            problems += verify(store, step, read_manifest(store, step))
+        except DataError as error:  # the manifest itself is damaged
+            problems.append(str(error))
     remedy = "a resume takes the newest one without a problem"
     _end_with_problems(url, problems, f"{url}: {len(steps)} good", remedy, quiet, as_json)
 

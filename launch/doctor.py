@@ -3,7 +3,9 @@
 import os
 import platform
 import shutil
+import sysconfig
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from launch.runtime import core_count, gpu_count
@@ -41,6 +43,10 @@ def examine() -> dict[str, Any]:
         tools.append(f"{name} {where or f'absent ({reason})'}")
         if where is None:
             missing.append(name)
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    tools.append(f"Python.h {header if header.is_file() else 'absent (deepspeed builds an extension with it)'}")
+    if not header.is_file():
+        missing.append("Python.h (the package with Python's headers, such as python3-dev)")
     return {
         "darkroom": _own_version(),
         "python": platform.python_version(),

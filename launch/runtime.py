@@ -164,6 +164,20 @@ def spawn(nproc: int, argv: Sequence[str], env: Mapping[str, str] | None = None,
     return code
 
 
+def run_command(argv: Sequence[str], env: Mapping[str, str] | None = None) -> int:
+    """Runs one command, which ends when this process does and gets its SIGTERM, SIGINT and SIGUSR1.
+
+    Returns its exit code (128 + n if signal n killed it).
+    """
+    group = _Group(grace_s=10.0)
+    with group.forwarding():
+        try:
+            group.start(argv, os.environ if env is None else env)
+            return group.wait()
+        finally:
+            group.kill()
+
+
 def _environments(nproc: int, base: Mapping[str, str], error_dir: str) -> list[dict[str, str]]:
     common = dict(base)
     common.setdefault("OMP_NUM_THREADS", str(max(1, core_count() // nproc)))  # or the ranks fight for the cores

@@ -99,6 +99,19 @@ def save_artifact(
     Raises:
         ModelError: The folder exists already.
     """
+    with new_folder(folder) as temporary:
+        return write_artifact(temporary, kind, config, tensors, fingerprints, files)
+
+
+def write_artifact(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    fingerprints: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> str:
+    """Writes an artifact's files into a folder that the caller has just made with `new_folder`; see `save_artifact`."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     fingerprint = artifact_fingerprint(kind, config, on_cpu, fingerprints, files)
     document = {
@@ -109,11 +122,11 @@ def save_artifact(
         "files": sorted(files or {}),
         "config": config,
     }
-    with new_folder(folder) as temporary:
-        save_file(on_cpu, temporary / WEIGHTS_NAME)
-        for name, content in (files or {}).items():
-            (temporary / name).write_bytes(content)
-        (temporary / CONFIG_NAME).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    save_file(on_cpu, folder / WEIGHTS_NAME)
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
+    (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)  # safetensors writes for the owner alone
     return fingerprint
 
 
@@ -124,11 +137,7 @@ def load_artifact(folder: str | Path, kind: str) -> Artifact:
         ModelError: The folder or a file of it is missing, damaged, of another kind, or does not match its fingerprint.
     """
     folder = Path(folder)
-    document = _read_document(folder)
-    if document["kind"] != kind:
-        raise ModelError(
-            f"{folder} is an artifact of kind {document['kind']!r}, but {kind!r} is needed here: give another folder"
-        )
+    document = read_document(folder, kind)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         raise ModelError(f"{weights} is missing: copy the whole artifact folder again")
@@ -243,7 +252,21 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_document(folder: Path) -> dict[str, Any]:
+def is_artifact(folder: str | Path) -> bool:
+    """Whether a folder looks like an artifact of any kind."""
+    try:
+        document = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and {"format_version", "kind"} <= set(document)
+
+
+def read_document(folder: Path, kind: str) -> dict[str, Any]:
+    """An artifact's config.json, before its tensors are read or checked.
+
+    Raises:
+        ModelError: It is missing, damaged, or of another kind.
+    """
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ModelError(f"{path} is missing: {folder} is not an artifact folder, or was copied in part")
@@ -251,7 +274,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({_one_line(error)}): copy the artifact folder again") from error
-    if not isinstance(document, dict) or not {"format_version", "kind"} <= set(document):
+    if not is_artifact(folder):
         raise ModelError(f"{path} was not written by darkroom: give the folder of an artifact")
     if document["format_version"] != FORMAT_VERSION:
         raise ModelError(
@@ -259,9 +282,13 @@ def _read_document(folder: Path) -> dict[str, Any]:
             " use the version that wrote it"
         )
     expected = {"config": dict, "fingerprints": dict, "files": list, "fingerprint": str, "kind": str}
-    for key, kind in expected.items():
-        if not isinstance(document.get(key), kind):
+    for key, shape in expected.items():
+        if not isinstance(document.get(key), shape):
             raise ModelError(f"{path} has no proper {key!r}: copy the artifact folder again")
+    if document["kind"] != kind:
+        raise ModelError(
+            f"{folder} is an artifact of kind {document['kind']!r}, but {kind!r} is needed here: give another folder"
+        )
     return document
 
 

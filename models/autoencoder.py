@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.artifact import config_from_dict, config_to_dict, load_artifact, load_weights, save_artifact
+from models.artifact import (
+    artifact_fingerprint,
+    config_from_dict,
+    config_to_dict,
+    load_artifact,
+    load_weights,
+    save_artifact,
+)
 from models.errors import ModelError
 
 _NORM_EPS = 1e-6
@@ -188,6 +195,11 @@ def save_autoencoder(folder: str | Path, autoencoder: Autoencoder) -> str:
     return save_artifact(folder, "autoencoder", config_to_dict(autoencoder.config), autoencoder.state_dict())
 
 
+def autoencoder_fingerprint(autoencoder: Autoencoder) -> str:
+    """What `save_autoencoder` returns, without writing."""
+    return artifact_fingerprint("autoencoder", config_to_dict(autoencoder.config), autoencoder.state_dict())
+
+
 def load_autoencoder(folder: str | Path) -> tuple[Autoencoder, str]:
     """Reads an artifact of kind "autoencoder".
 
@@ -203,6 +215,8 @@ def load_autoencoder(folder: str | Path) -> tuple[Autoencoder, str]:
         autoencoder = Autoencoder(config)
     autoencoder.to_empty(device="cpu")
     load_weights(autoencoder, artifact.tensors, str(folder))
+    if not autoencoder.statistics_measured:
+        raise ModelError(f"{folder} has no measured latent statistics: finish the autoencoder's training")
     return autoencoder.eval().requires_grad_(False), artifact.fingerprint
 
 

@@ -8,6 +8,7 @@ import functools
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,110 +17,78 @@ import torch
 from torch import Tensor, nn
 
 from models.artifact import (
+    WEIGHTS_NAME,
     artifact_fingerprint,
     config_from_dict,
-    config_to_dict,
+    is_artifact,
     load_artifact,
     load_weights,
-    save_artifact,
+    new_folder,
+    read_document,
+    write_artifact,
 )
+from models.conditioner import JointEncoders
+from models.conditioner import TextCondition as TextCondition  # for those who use the conditioner
 from models.errors import ModelError
 from models.t5_vocabulary import unigram_pieces
 from models.text_config import CLIP_VOCAB_SIZE, ClipArchitecture, T5Architecture, TextEncoderConfig
+from models.text_tower import KIND, T5_ALIAS, TextEncoder
 from models.weights import check_sha256, read_weights, seeded_tensors
 
-_KIND = "text_encoder"
+_KIND_OF_ALL = "text_encoders"
 _OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
-class TextEncoder(nn.Module):
-    """A frozen text tower with its tokenizer; see `build_text_encoder`.
+class Conditioner(JointEncoders):
+    """All text encoders of a model: captions to a `TextCondition`. See `models.conditioner` for the layout.
 
-    Attributes:
-        config: What it was made from.
-        architecture: The tower's sizes.
-        tower: The library's module.
-        tokenizer: The library's tokenizer.
-        files: The tokenizer's files as they are saved, empty for CLIP.
-        width: D, width of a token's features.
-        pooled_dim: P, 0 for T5.
+    Args:
+        configs: One or more of kind "clip", all with the same max_tokens, then at most one of kind "t5".
+
+    Raises:
+        ModelError: An encoder cannot be built, or they do not go together.
     """
 
-    def __init__(
-        self,
-        config: TextEncoderConfig,
-        architecture: ClipArchitecture | T5Architecture,
-        tower: nn.Module,
-        tokenizer: Any,
-        files: dict[str, bytes],
-    ) -> None:
-        super().__init__()
-        self.config, self.architecture, self.files = config, architecture, files
-        self.tower, self.tokenizer = tower, tokenizer
-        if isinstance(architecture, ClipArchitecture):
-            self.width, self.pooled_dim = architecture.width, architecture.embed_dim
-        else:
-            self.width, self.pooled_dim = architecture.d_model, 0
-        self.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+    def __init__(self, configs: Sequence[TextEncoderConfig]) -> None:
+        super().__init__([build_text_encoder(config) for config in configs])
+        self.configs = tuple(configs)
 
-    def train(self, mode: bool = True) -> "TextEncoder":
-        """Stays in evaluation mode: the tower is frozen."""
-        return super().train(False)
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Label to fingerprint of every encoder."""
+        return {encoder.config.name: encoder.fingerprint for encoder in self.text_encoders()}
 
-    def tokenize(self, captions: list[str]) -> Tensor:
-        """captions to token ids (B, L) int64 on the CPU, cut and padded to max_tokens."""
-        length = self.config.max_tokens
-        if self.config.kind == "clip":
-            return self.tokenizer(captions, context_length=length)
-        encoded = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True)
-        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
-
-    @torch.no_grad()
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """ids (B, L) to per-token features (B, L, D), mask (B, L) True = keep, pooled (B, P) or None.
-
-        CLIP gives the input of its last layer ("penultimate", as SD3 does, arXiv:2403.03206, appendix B.3) and the
-        projection at the end token. T5 gives its output; no token is hidden from its attention, as in SD3.
-        """
-        if self.config.kind == "clip":
-            return self._forward_clip(ids)
-        features = self.tower(input_ids=ids).last_hidden_state.float()
-        return features, ids != self.tokenizer.pad_token_id, None
-
-    def _forward_clip(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tower: Any = self.tower
-        x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]  # (B, L, D)
-        hidden_future = tower.attn_mask[: ids.shape[1], : ids.shape[1]]
-        *first, last = tower.transformer.resblocks
-        for block in first:
-            x = block(x, attn_mask=hidden_future)
-        end = ids.argmax(dim=1)  # the end token has the highest id; the first one where it repeats
-        at_end = last(x, attn_mask=hidden_future)[torch.arange(len(ids), device=ids.device), end]  # (B, D)
-        pooled = tower.ln_final(at_end) @ tower.text_projection  # (B, P)
-        keep = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
-        return x.float(), keep, pooled.float()
-
-    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """captions to per-token features (B, L, D) float32, mask (B, L) True = keep, pooled (B, P) or None."""
-        return self(self.tokenize(captions).to(next(self.tower.parameters()).device))
-
-    def artifact_config(self) -> dict[str, Any]:
-        """What identifies the encoder: how it is trained with (dropout) and where it came from are not part of it."""
-        config = config_to_dict(self.config)
-        identity = {field: config[field] for field in ("name", "kind", "max_tokens", "dtype")}
-        return {**identity, "architecture": asdict(self.architecture)}
-
-    def artifact_tensors(self) -> dict[str, Tensor]:
-        """The tower's weights by the library's names, each once."""
-        return {name: value for name, value in self.tower.state_dict().items() if name != _T5_ALIAS}
-
+    @property
     def fingerprint(self) -> str:
-        """What `save` would return."""
-        return artifact_fingerprint(_KIND, self.artifact_config(), self.artifact_tensors(), files=self.files)
+        """What `save` returns: of all encoders and their order."""
+        return artifact_fingerprint(_KIND_OF_ALL, {"encoders": self.names}, {}, self.fingerprints)
 
     def save(self, folder: str | Path) -> str:
-        """Writes an artifact of kind "text_encoder"; returns its fingerprint."""
-        return save_artifact(folder, _KIND, self.artifact_config(), self.artifact_tensors(), files=self.files)
+        """Writes a folder with one artifact per encoder and their order; returns its fingerprint.
+
+        Raises:
+            ModelError: The folder exists.
+        """
+        with new_folder(folder) as temporary:
+            fingerprint = write_artifact(temporary, _KIND_OF_ALL, {"encoders": self.names}, {}, self.fingerprints)
+            for encoder in self.text_encoders():
+                encoder.save(temporary / encoder.config.name)
+        return fingerprint
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Conditioner":
+        """Reads what `save` wrote.
+
+        Raises:
+            ModelError: An encoder is missing, damaged, or not the one that was saved.
+        """
+        artifact = load_artifact(folder, _KIND_OF_ALL)
+        folders = {name: Path(folder) / name for name in artifact.config["encoders"]}
+        conditioner = cls([stored_config(path) for path in folders.values()])
+        for name, path in folders.items():
+            if conditioner.fingerprints[name] != artifact.fingerprints[name]:
+                raise ModelError(f"{path} is another encoder than the one that was saved: copy the folder again")
+        return conditioner
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
@@ -128,10 +97,8 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     Raises:
         ModelError: The pretrained model is unknown, cannot be had, is damaged, or is not a plain CLIP or T5.
     """
-    if config.pretrained is not None and (Path(config.pretrained) / "config.json").is_file():
-        stored = json.loads((Path(config.pretrained) / "config.json").read_text(encoding="utf-8"))
-        if stored.get("kind") == _KIND:
-            return load_text_encoder(config.pretrained, config)
+    if config.pretrained is not None and is_artifact(config.pretrained):
+        return _load_text_encoder(Path(config.pretrained), config)
     if config.kind == "clip":
         if config.pretrained is None:
             architecture, tensors = _seeded_clip(config)
@@ -143,28 +110,29 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     return _pretrained_t5(config)
 
 
-def load_text_encoder(folder: str | Path, config: TextEncoderConfig | None = None) -> TextEncoder:
-    """Reads an artifact of kind "text_encoder".
-
-    Args:
-        folder: The artifact.
-        config: What the recipe asks for, to be checked against the artifact; None takes the artifact's word.
+def stored_config(folder: str | Path) -> TextEncoderConfig:
+    """The configuration that builds the encoder in an artifact folder.
 
     Raises:
-        ModelError: The artifact is missing, damaged, or not what config asks for.
+        ModelError: The folder is no artifact of a text encoder.
     """
-    artifact = load_artifact(folder, _KIND)
+    document = read_document(Path(folder), KIND)
+    identity = {name: value for name, value in document["config"].items() if name != "architecture"}
+    return config_from_dict(TextEncoderConfig, {**identity, "pretrained": str(folder)}, str(folder))
+
+
+def _load_text_encoder(folder: Path, config: TextEncoderConfig) -> TextEncoder:
+    """Reads an artifact of kind "text_encoder" and checks it against what the recipe asks for."""
+    artifact = load_artifact(folder, KIND)
     stored = dict(artifact.config)
     architecture = stored.pop("architecture", {})
-    if config is None:
-        config = config_from_dict(TextEncoderConfig, {**stored, "pretrained": str(folder)}, str(folder))
     for field, value in stored.items():
         if getattr(config, field, None) != value:
             raise ModelError(
                 f"{folder}: {field} is {value!r}, the recipe says {getattr(config, field, None)!r}: make them equal"
             )
     if config.sha256 is not None:
-        check_sha256([Path(folder) / "model.safetensors"], config.sha256, str(folder))
+        check_sha256([folder / WEIGHTS_NAME], config.sha256, str(folder))
     if config.kind == "clip":
         clip = config_from_dict(ClipArchitecture, architecture, str(folder))
         return _clip_encoder(config, clip, artifact.tensors)
@@ -282,9 +250,7 @@ def _find_clip(pretrained: str) -> tuple[dict[str, Any], Path]:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise ModelError(f"{pretrained!r}: open_clip knows no tag {tag!r} of {model} (it knows: {tags})")
     if bool(known.get("quick_gelu")) != bool(model_config.get("quick_gelu")):
-        raise ModelError(
-            f"{pretrained!r} was trained with the other GELU: use {model}-quickgelu, or without the suffix"
-        )
+        raise ModelError(f"{pretrained!r} was trained with the other GELU: choose {model} with(out) -quickgelu")
     try:
         return model_config, Path(download_pretrained(known))
     except Exception as error:
@@ -292,8 +258,6 @@ def _find_clip(pretrained: str) -> tuple[dict[str, Any], Path]:
 
 
 # T5
-
-_T5_ALIAS = "encoder.embed_tokens.weight"  # a second name of shared.weight
 
 
 def _t5_encoder(
@@ -305,7 +269,7 @@ def _t5_encoder(
         tower = T5EncoderModel(T5Config(**asdict(architecture), dropout_rate=0.0, use_cache=False))
     tower.to_empty(device="cpu")
     tower.encoder.embed_tokens = tower.shared
-    load_weights(tower, {**tensors, _T5_ALIAS: tensors["shared.weight"]}, f"text encoder {config.name!r}")
+    load_weights(tower, {**tensors, T5_ALIAS: tensors["shared.weight"]}, f"text encoder {config.name!r}")
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
@@ -352,7 +316,7 @@ def _seeded_t5(config: TextEncoderConfig) -> TextEncoder:
 
     with torch.device("meta"):
         shapes = T5EncoderModel(T5Config(**asdict(architecture))).state_dict()
-    del shapes[_T5_ALIAS]
+    del shapes[T5_ALIAS]
     return _t5_encoder(config, architecture, seeded_tensors(shapes, config.seed, std_of), _tokenizer_files(tokenizer))
 
 
@@ -371,7 +335,7 @@ def _pretrained_t5(config: TextEncoderConfig) -> TextEncoder:
     tensors = {
         name: tensor
         for name, tensor in read_weights(weights, config.sha256).items()
-        if name.startswith(("shared.", "encoder.")) and name != _T5_ALIAS
+        if name.startswith(("shared.", "encoder.")) and name != T5_ALIAS
     }
     tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
     return _t5_encoder(config, T5Architecture(**fields), tensors, _tokenizer_files(tokenizer))

@@ -29,7 +29,11 @@ def seeded_tensors(
 
 
 def read_weights(paths: list[Path], sha256: str | None) -> dict[str, Tensor]:
-    """Tensors of safetensors files in float32 (bfloat16 stays), after their hash was checked."""
+    """All tensors of several safetensors files, after their hash was checked (None = not checked).
+
+    Raises:
+        ModelError: A file is missing, damaged, no safetensors, or its hash differs.
+    """
     tensors: dict[str, Tensor] = {}
     for path in paths:
         if not path.is_file():
@@ -47,8 +51,13 @@ def read_weights(paths: list[Path], sha256: str | None) -> dict[str, Tensor]:
 
 
 def check_sha256(paths: list[Path], sha256: str, where: str) -> None:
+    """Compares with the SHA-256 of one file, or of what `sha256sum *.safetensors` prints for several.
+
+    Raises:
+        ModelError: They differ.
+    """
     found = sha256_of(paths[0])
-    if len(paths) > 1:  # what `sha256sum *.safetensors | sha256sum` prints
+    if len(paths) > 1:
         lines = "".join(f"{sha256_of(path)}  {path.name}\n" for path in paths)
         found = hashlib.sha256(lines.encode()).hexdigest()
     if found != sha256:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.losses import (
@@ -19,11 +18,11 @@ from training.losses import (
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorOutput:
-    """What the discriminator's turn and the log need of the generator's turn."""
+    """What the loop needs of the generator's turn."""
 
-    loss: Tensor
-    decoded: Tensor  # (B, 3, H, W), with gradient history
-    scalars: dict[str, Tensor]
+    objective: Tensor  # scalar whose gradient is that of the loss; its value means nothing
+    decoded: Tensor  # (B, 3, H, W), without gradient history
+    scalars: dict[str, Tensor]  # to log; "loss" is the loss
 
 
 def generator_step(
@@ -35,42 +34,52 @@ def generator_step(
     weights: Tensor,
     config: AutoencoderLossConfig,
     *,
-    last_layer: nn.Parameter,
+    last_conv: nn.Conv2d,
     step: int,
 ) -> GeneratorOutput:
-    """Loss of the autoencoder on images (B, 3, H, W) in [-1, 1].
+    """Loss of the autoencoder on images (B, 3, H, W) in [-1, 1]; `weights` (B,) masks samples.
 
     `generator(images, eps)` returns (decoded, mean, logvar) for `eps` (B, C, h, w) ~ N(0, I); `discriminator` is the bare
-    module, not its DDP wrapper, and gets no gradients from this pass. From `disc_start_step` on the adversarial term joins, weighted by λ
-    from gradients of `last_layer`, which are averaged over ranks so that λ is that of the global batch.
+    module, not its DDP wrapper, and gets no gradients. From `disc_start_step` on the adversarial term joins, weighted by
+    λ from the gradients of the decoder's last convolution: a function of this micro-batch alone, so that the number of
+    ranks does not change it.
+
+    The terms on pixels are differentiated at the decoded picture, once each. λ follows from there by the convolution's
+    own weight gradient, and the generator is walked backwards once, by the objective <decoded, gradient> + w·KL:
+    DeepSpeed's hooks would take a second pass for a second backward.
     """
+    inputs: list[Tensor] = []
+    hook = last_conv.register_forward_hook(lambda _, args, __: inputs.append(args[0].detach()))
     decoded, mean, logvar = generator(images, eps)
-    rec = reconstruction_loss(config.reconstruction, decoded, images, weights)
+    hook.remove()
+
+    pixels = decoded.detach().float().requires_grad_()
+    rec = reconstruction_loss(config.reconstruction, pixels, images, weights)
     if perceptual is not None:
-        rec = rec + config.perceptual_weight * (perceptual(decoded, images) * weights).mean()
+        rec = rec + config.perceptual_weight * (perceptual(pixels, images) * weights).mean()
+    (gradient,) = torch.autograd.grad(rec, pixels)
     kl = kl_loss(mean, logvar, weights, images[0].numel())
     loss = rec + config.kl_weight * kl
-    scalars = {"rec_loss": rec, "kl": kl, "psnr_db": psnr_db(decoded.detach(), images)}
+    scalars = {"rec_loss": rec, "kl": kl, "psnr_db": psnr_db(pixels.detach(), images)}
     if step >= config.disc_start_step:
-        discriminator.requires_grad_(False)
-        adv = generator_hinge_loss(discriminator(decoded), weights)
-        discriminator.requires_grad_(True)
-        rec_grad = _mean_over_ranks(torch.autograd.grad(rec, last_layer, retain_graph=True)[0])
-        adv_grad = _mean_over_ranks(torch.autograd.grad(adv, last_layer, retain_graph=True)[0])
-        weight = adaptive_weight(rec_grad, adv_grad, config.max_adaptive_weight)
-        loss = loss + weight * config.adversarial_weight * adv
+        adv = generator_hinge_loss(discriminator(pixels), weights)
+        (adv_gradient,) = torch.autograd.grad(adv, pixels)
+        rec_norm, adv_norm = (last_layer_norm(last_conv, inputs[0], g) for g in (gradient, adv_gradient))
+        weight = adaptive_weight(rec_norm, adv_norm, config.max_adaptive_weight) * config.adversarial_weight
+        gradient = gradient + weight * adv_gradient
+        loss = loss + weight * adv
         scalars |= {"adv_g": adv, "adaptive_weight": weight}
-    return GeneratorOutput(loss=loss, decoded=decoded, scalars={"loss": loss, **scalars})
+    objective = (decoded * gradient).sum() + config.kl_weight * kl
+    return GeneratorOutput(objective=objective, decoded=pixels.detach(), scalars={"loss": loss, **scalars})
+
+
+def last_layer_norm(conv: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """‖∂L/∂W‖ of a convolution that saw `inputs` and whose output has ∂L/∂output = `gradient`."""
+    shape = (conv.out_channels, conv.in_channels, *conv.kernel_size)
+    return torch.nn.grad.conv2d_weight(inputs.float(), shape, gradient, padding=conv.padding).norm()
 
 
 def discriminator_step(discriminator: nn.Module, images: Tensor, decoded: Tensor, weights: Tensor) -> Tensor:
-    """Hinge loss on real and decoded pictures (B, 3, H, W), in one concatenated forward; the generator gets nothing."""
-    real_logits, fake_logits = discriminator(torch.cat([images, decoded.detach()])).chunk(2)
+    """Hinge loss on real and decoded pictures (B, 3, H, W, without gradient history), in one concatenated forward."""
+    real_logits, fake_logits = discriminator(torch.cat([images, decoded])).chunk(2)
     return hinge_loss(real_logits, fake_logits, weights)
-
-
-def _mean_over_ranks(gradient: Tensor) -> Tensor:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(gradient)
-        gradient = gradient / dist.get_world_size()
-    return gradient

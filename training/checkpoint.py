@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.errors import DataError
 from data.manifest import (
     MANIFEST,
     FileEntry,
@@ -28,14 +28,9 @@ from data.manifest import (
     write_manifest,
 )
 from data.object_store import fetch_tree, join, open_store
-from launch.runtime import Ranks
 from models.artifact import sha256_of
-from training.engine import Fragment, gather, scatter
+from training.engine import Engine, Fragment, gather, scatter
 from training.errors import TrainingError
-
-def _new_attempt() -> str:
-    return f"{os.environ.get('SLURM_JOB_ID', 'local')}-{uuid.uuid4().hex[:8]}"
-
 
 Groups = dict[str, dict[str, Fragment]]
 
@@ -108,48 +103,54 @@ class Checkpointer:
     Args:
         directory: the run's.
         config: where to, and retention.
-        process: rank and world size.
+        engine: gives rank, world size and the exchange between ranks.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, process: Ranks) -> None:
+    def __init__(self, directory: Path, config: CheckpointConfig, engine: Engine) -> None:
         self.url = config.url or str(directory / "checkpoints")
         self.config = config
-        self.rank = process.rank
-        self.world_size = process.world_size
+        self.engine = engine
         self.store = open_store(self.url)
-        self.attempt = ""
+        self.attempt = engine.from_rank0(f"{os.environ.get('SLURM_JOB_ID', 'local')}-{uuid.uuid4().hex[:8]}")
 
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
         """Writes, verifies on all ranks, commits, then prunes. Collective; an error on one rank is an error on all."""
-        self.attempt = self.attempt or self._from_rank0(_new_attempt())
         folder = step_folder(step)
         mine, index = self._gather(groups)
         files, error = {}, None
         try:
             files = self._write(folder, mine)
         except OSError as caught:
-            error = f"rank {self.rank}: {caught}"
-        reports = self._exchange((files, error))
+            error = f"rank {self.engine.rank}: {caught}"
+        reports = self.engine.exchange((files, error))
         errors = [message for _, message in reports if message]
         if errors:
             raise TrainingError(f"checkpoint {join(self.url, folder)} was not committed: {'; '.join(errors)}")
-        if self.rank == 0:
+        if self.engine.rank == 0:
             entries = {key: entry for files, _ in reports for key, entry in files.items()}
             manifest = Manifest(step=step, attempt=self.attempt, files=entries, meta={"state": state, "index": index})
             committed = write_manifest(self.store, folder, manifest)
             error = None if committed else f"{join(self.url, folder)} was committed by another attempt of this run"
-        error = self._from_rank0(error)
+        error = self.engine.from_rank0(error)
         if error:
             raise TrainingError(f"{error}; two processes train the same run: stop one of them")
         self._prune()
 
     def newest(self) -> Snapshot | None:
-        """The newest commit that verifies, or None for a run that never saved.
+        """The newest commit that verifies, or None for a run that never saved. Collective; rank 0 does the hashing.
 
-        Called before the process group exists, so every rank looks for itself; `Run.resume` checks that all found the
-        same step.
+        Raises:
+            TrainingError: there are files but no valid commit.
         """
-        found = newest_verified(self.store)
+        found, error = None, None
+        if self.engine.rank == 0:
+            try:
+                found = newest_verified(self.store)
+            except DataError as caught:
+                error = str(caught)
+        found, error = self.engine.from_rank0((found, error))
+        if error:
+            raise TrainingError(error)
         if found is None:
             return None
         step, manifest, complaints = found
@@ -160,7 +161,7 @@ class Checkpointer:
     # -- writing ----------------------------------------------------------------------------------------------------
     def _gather(self, groups: Groups) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, str]]]:
         """Assembles every tensor; its owner (the rank with the least so far) keeps it on the host."""
-        load = [0] * self.world_size
+        load = [0] * self.engine.world_size
         mine: dict[str, dict[str, Tensor]] = {}
         index: dict[str, dict[str, str]] = {}
         for group, fragments in groups.items():
@@ -169,7 +170,7 @@ class Checkpointer:
                 load[owner] += fragment.numel
                 index.setdefault(group, {})[name] = f"{self.attempt}/{group}-{owner:05d}.safetensors"
                 full = gather(fragment)
-                if owner == self.rank:
+                if owner == self.engine.rank:
                     mine.setdefault(group, {})[name] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
         return mine, index
 
@@ -177,7 +178,7 @@ class Checkpointer:
         files = {}
         with tempfile.TemporaryDirectory(prefix="darkroom-checkpoint-") as staging:
             for group, tensors in mine.items():
-                key = f"{self.attempt}/{group}-{self.rank:05d}.safetensors"
+                key = f"{self.attempt}/{group}-{self.engine.rank:05d}.safetensors"
                 path = Path(staging) / f"{group}.safetensors"
                 save_file(tensors, str(path))
                 files[key] = FileEntry(size_bytes=path.stat().st_size, sha256=sha256_of(path))
@@ -187,24 +188,9 @@ class Checkpointer:
 
     def _prune(self) -> None:
         """Deletes commits beyond `keep_last`, manifest first, so that none is ever half there."""
-        if self.rank == 0:
+        if self.engine.rank == 0:
             for step in list_commits(self.store)[: -self.config.keep_last]:
                 folder = step_folder(step)
                 self.store.delete(f"{folder}/{MANIFEST}")
                 for key, _ in self.store.list(f"{folder}/"):
                     self.store.delete(key)
-
-    # -- ranks ------------------------------------------------------------------------------------------------------
-    def _from_rank0(self, value):
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def _exchange(self, value) -> list:
-        if self.world_size == 1:
-            return [value]
-        values: list = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values

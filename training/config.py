@@ -7,7 +7,7 @@ from data.loader import LoaderConfig
 from models.autoencoder import AutoencoderConfig
 from models.diffusion import DiffusionConfig
 from models.discriminator import DiscriminatorConfig
-from models.text_encoder import TextEncoderConfig
+from models.text_config import TextEncoderConfig
 from training.checkpoint import CheckpointConfig
 from training.ema import EMAConfig
 from training.engine import EngineConfig
@@ -60,11 +60,6 @@ class AutoencoderRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.engine.zero_stage == 3:
-            raise ValueError(
-                "engine.zero_stage 3 partitions the decoder's last layer, whose gradient the adaptive GAN weight reads; "
-                "use 0, 1 or 2 for the autoencoder"
-            )
         _check_steps(self)
 
 

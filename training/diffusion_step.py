@@ -19,7 +19,6 @@ class Frozen:
     autoencoder: Autoencoder
     autoencoder_fingerprint: str
     conditioner: Conditioner
-    dropout: Tensor  # (E,) probability per text encoder that its condition is replaced by its null
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +59,8 @@ def diffusion_step(
     does not depend on the number of ranks. Returns the weighted mean squared error of the velocity (Eq. 14,
     arXiv:2403.03206, without a loss weighting) and scalars to log.
     """
-    device, dropout = frozen.device, frozen.dropout
+    device = frozen.device
+    dropout = torch.tensor(frozen.conditioner.dropout)  # (E,) probability that a condition becomes the encoder's null
     numbers = batch.sample_numbers.to(device)  # (B,)
     weights = batch.weights.to(device)  # (B,)
     latents = encode_images(frozen.autoencoder, batch.images.to(device), numbers, seed, sample_latents)  # (B, C, h, w)
@@ -73,6 +73,5 @@ def diffusion_step(
     prediction = dit(x_t, t, text.text_embeds, text.pooled)
     error = (prediction.float() - target(diffusion, latents, noise, t)).square().flatten(1).mean(1)  # (B,)
     loss = (error * weights).mean()
-    names = [encoder.name for encoder in frozen.conditioner.configs]
-    dropped = {f"dropped_{name}": rate for name, rate in zip(names, drop.float().mean(0).to(device), strict=True)}
+    dropped = {f"dropped_{name}": rate for name, rate in zip(frozen.conditioner.names, drop.float().mean(0).to(device), strict=True)}
     return loss, {"loss": loss, "latent_std": latents.std(), **dropped}

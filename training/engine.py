@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from training.errors import TrainingError
 from training.optim import OptimConfig, build_adamw
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,30 +101,35 @@ def scatter(full: Tensor, fragment: Fragment) -> None:
 class Engine:
     """accelerate drives DeepSpeed: forward, backward with accumulation, clipping, AdamW.
 
+    Making one connects the ranks; `shard` then takes the model. (Whatever touches accelerate before the ranks are
+    connected, such as loading a text encoder, would leave every process believing that it is alone.)
+
     Args:
-        model: fp32 parameters, the same values on every rank.
         config: stage, precision, batch sizes.
-        optim: AdamW settings; the learning rate is set each step through `set_learning_rate`.
         world_size: number of ranks.
+
+    Raises:
+        TrainingError: the batch does not divide over the ranks.
     """
 
-    def __init__(self, model: nn.Module, config: EngineConfig, optim: OptimConfig, world_size: int) -> None:
+    def __init__(self, config: EngineConfig, world_size: int) -> None:
         self.config = config
         self.accumulation_steps = config.accumulation_steps(world_size)
-        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
-        largest = max(parameter.numel() for parameter in model.parameters())
-        self._accelerator = _accelerator(config, self.accumulation_steps, largest)
-        self.device = self._accelerator.device
-        self.rank = self._accelerator.process_index
-        self.world_size = self._accelerator.num_processes
-        self.precision = self._resolve_precision()
+        self._accelerator = _accelerator(config, self.accumulation_steps)
+        self.device: torch.device = self._accelerator.device
+        self.rank: int = self._accelerator.process_index
+        self.world_size: int = self._accelerator.num_processes
+        if self.world_size != world_size:
+            raise RuntimeError(f"accelerate sees {self.world_size} ranks, the environment says {world_size}")
+        self.precision = torch.bfloat16 if _use_bfloat16(config, self.device.type) else torch.float32
+
+    def shard(self, model: nn.Module, optim: OptimConfig) -> None:
+        """Hands the model (fp32 parameters, the same values on every rank) and its AdamW to DeepSpeed."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         optimizer = build_adamw(model, optim)
         self.model, self._optimizer = self._accelerator.prepare(model.to(self.device), optimizer)
         self.module: nn.Module = self.model.module
-        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-
-    def _resolve_precision(self) -> torch.dtype:
-        return torch.bfloat16 if _use_bfloat16(self.config, self.device.type) else torch.float32
+        self.parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
 
     # -- one step ---------------------------------------------------------------------------------------------------
     def autocast(self) -> AbstractContextManager:
@@ -140,10 +148,13 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last step before clipping (host sync: call it when logging only)."""
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last step before clipping; None at stage 0, where DeepSpeed does not tell.
+
+        A host sync: call it when logging only.
+        """
         norm = self.model.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return None if norm is None else float(norm)
 
     @property
     def skipped_steps(self) -> int:
@@ -184,6 +195,20 @@ class Engine:
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()
 
+    def from_rank0(self, value: Any) -> Any:
+        """Rank 0's value on every rank (collective)."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's value, in order of rank, on every rank (collective)."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def close(self) -> None:
         """Leaves the process group; call once, on every rank, when nothing is in flight."""
         if dist.is_initialized():
@@ -202,7 +227,7 @@ class Engine:
             return list(zero.fp32_partitioned_groups_flat)
         if self.config.zero_stage > 0:
             return list(zero.single_partition_of_fp32_groups)
-        return self.parameters
+        return list(self.parameters.values())
 
     def _initialise_optimizer_state(self) -> None:
         """AdamW makes its state at the first step; a checkpoint is loaded before that."""
@@ -222,8 +247,7 @@ class Engine:
         def of(partition: Tensor) -> Tensor:
             return partition.data if moment is None else state[partition][moment]
 
-        for parameter in self.parameters:
-            name = self.names[id(parameter)]
+        for name, parameter in self.parameters.items():
             if self.config.zero_stage == 0:
                 yield name, Fragment(data=of(parameter), start=0, shape=tuple(parameter.shape), replicated=True)
             elif self.config.zero_stage == 3:
@@ -301,7 +325,7 @@ def _use_bfloat16(config: EngineConfig, device_type: str) -> bool:
     )
 
 
-def _accelerator(config: EngineConfig, accumulation_steps: int, largest_parameter: int):
+def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator":
     """The Accelerator with a DeepSpeed configuration in which nothing is left to a default that changes numbers."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -311,13 +335,13 @@ def _accelerator(config: EngineConfig, accumulation_steps: int, largest_paramete
     import deepspeed
     import deepspeed.ops
     from accelerate import Accelerator
-    from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin
+    from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
 
     # The shared-memory collective is compiled at start-up (80 s, needs ninja and g++, and a killed compile leaves a lock
     # that hangs the next run), yet only tensor-parallel inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    bucket = max(largest_parameter, 2**22 if not torch.cuda.is_available() else 2**28)  # elements; allocated up front
+    bucket = 2**28 if torch.cuda.is_available() else 2**22  # elements; the buffers are allocated up front
     ds_config = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
@@ -335,4 +359,6 @@ def _accelerator(config: EngineConfig, accumulation_steps: int, largest_paramete
     return Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps),
+        # Left to itself, accelerate takes ranks without a GPU for processes of their own.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
     )

@@ -138,13 +138,7 @@ class Run:
 
     # -- resume -----------------------------------------------------------------------------------------------------
     def resume(self, snapshot: Snapshot | None, groups: Callable[[], Groups]) -> None:
-        """Restores fragments and counters from a commit, if there is one (collective)."""
-        found = -1.0 if snapshot is None else float(snapshot.step)
-        if self._sum_over_ranks(found) != found * self.engine.world_size:
-            raise TrainingError(
-                f"the ranks of {self.directory} do not see the same checkpoints; put the run directory on storage that "
-                "all nodes share"
-            )
+        """Restores fragments and counters from a commit, if there is one."""
         if snapshot is None:
             return
         for complaint in snapshot.complaints:

@@ -52,9 +52,9 @@ def generator_hinge_loss(fake_logits: Tensor, weights: Tensor) -> Tensor:
     return -(fake_logits.flatten(1).mean(1) * weights).mean()
 
 
-def adaptive_weight(rec_grad: Tensor, adv_grad: Tensor, maximum: float) -> Tensor:
-    """λ = ‖∇L_rec‖ / (‖∇L_adv‖ + 1e-4), clamped; gradients of the decoder's last layer, already averaged over ranks."""
-    return (rec_grad.norm() / (adv_grad.norm() + 1e-4)).clamp(0.0, maximum).detach()
+def adaptive_weight(rec_norm: Tensor, adv_norm: Tensor, maximum: float) -> Tensor:
+    """λ = ‖∇L_rec‖ / (‖∇L_adv‖ + 1e-4), clamped; norms of the gradients of the decoder's last layer."""
+    return (rec_norm / (adv_norm + 1e-4)).clamp(0.0, maximum)
 
 
 def psnr_db(decoded: Tensor, images: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class Metrics:
         from accelerate.tracking import TensorBoardTracker
 
         self._tracker = TensorBoardTracker(run_name="tb", logging_dir=str(run_dir))
+        self._tracker.start()
         if not quiet and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
             self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console)

@@ -35,7 +35,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
         Preempted: a signal asked to stop; everything is saved.
     """
     process, directory = ranks(), Path(run_dir)
-    recipe.engine.accumulation_steps(process.world_size)  # refuses an impossible number of ranks first
+    engine = Engine(recipe.engine, process.world_size)
     index = load_index(recipe.data.shards)
     perceptual = _perceptual(recipe, process)
     open_run_directory(directory, recipe, "autoencoder", process)
@@ -44,11 +44,11 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     autoencoder.init_weights(recipe.seed)
     discriminator = Discriminator(recipe.discriminator)
     discriminator.init_weights(recipe.seed + 1)
-    checkpointer = Checkpointer(directory, recipe.checkpoint, process)
+    checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
     if snapshot is not None:
         snapshot.load_module(autoencoder)  # before the engine shards it
-    engine = Engine(autoencoder, recipe.engine, recipe.optim, process.world_size)
+    engine.shard(autoencoder, recipe.optim)
     replica = Replica(discriminator, recipe.discriminator_optim, engine.device)
     ema = EMA(recipe.ema, engine.weight_fragments())
     if perceptual is not None:
@@ -111,10 +111,10 @@ def loop(
                         eps,
                         weights,
                         recipe.loss,
-                        last_layer=engine.module.last_layer,
+                        last_conv=engine.module.decoder.conv_out,
                         step=step,
                     )
-                engine.backward(turn.loss)  # on the last micro-batch: reduce, clip, AdamW
+                engine.backward(turn.objective)  # on the last micro-batch: reduce, clip, AdamW
             run.meter.add(**turn.scalars)
             if step >= recipe.loss.disc_start_step:
                 with replica.accumulate(first=micro == 0, last=micro == engine.accumulation_steps - 1):

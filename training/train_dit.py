@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 
 from data.loader import build_loader
 from data.object_store import fetch_tree
@@ -33,7 +32,7 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
         Preempted: a signal asked to stop; everything is saved.
     """
     process, directory = ranks(), Path(run_dir)
-    recipe.engine.accumulation_steps(process.world_size)  # refuses an impossible number of ranks first
+    engine = Engine(recipe.engine, process.world_size)
     index = load_index(recipe.data.shards)
     frozen = load_frozen(recipe)
     open_run_directory(directory, recipe, "dit", process)
@@ -41,11 +40,11 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     dit_config = dit_config_of(recipe, frozen)
     dit = DiT(dit_config)
     dit.init_weights(recipe.seed)
-    checkpointer = Checkpointer(directory, recipe.checkpoint, process)
+    checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
     if snapshot is not None:
         snapshot.load_module(dit)  # before the engine shards it
-    engine = Engine(dit, recipe.engine, recipe.optim, process.world_size)
+    engine.shard(dit, recipe.optim)
     frozen.to(engine.device)
     keep_frozen(frozen, directory, engine)
     ema = EMA(recipe.ema, engine.weight_fragments())
@@ -137,10 +136,7 @@ def load_frozen(recipe: DiTRecipe) -> Frozen:
             f"(downsampling {autoencoder.config.downsampling} x patch_size {recipe.model.patch_size}); change one of them"
         )
     conditioner = Conditioner(recipe.text_encoders)
-    dropout = torch.tensor([encoder.dropout for encoder in recipe.text_encoders])
-    return Frozen(
-        autoencoder=autoencoder, autoencoder_fingerprint=fingerprint, conditioner=conditioner, dropout=dropout
-    )
+    return Frozen(autoencoder=autoencoder, autoencoder_fingerprint=fingerprint, conditioner=conditioner)
 
 
 def dit_config_of(recipe: DiTRecipe, frozen: Frozen) -> DiTConfig:

@@ -58,13 +58,14 @@ def reference() -> tuple[dict, dict]:
 def run_stage(stage: int, folder: Path, start: int, steps: int, source: Path | None) -> dict[str, float]:
     """Trains steps [start, start + steps) at one stage, from a checkpoint if `source` is given; saves at the end."""
     process = ranks()
-    model = build()
-    snapshot = Checkpointer(source, CheckpointConfig(), process).newest() if source else None
-    if snapshot:
-        snapshot.load_module(model)
     config = EngineConfig(zero_stage=stage, precision="float32", micro_batch_size=MICRO, global_batch_size=GLOBAL,
                           max_grad_norm=CLIP)  # fmt: skip
-    engine = Engine(model, config, OPTIM, process.world_size)
+    engine = Engine(config, process.world_size)
+    model = build()
+    snapshot = Checkpointer(source, CheckpointConfig(), engine).newest() if source else None
+    if snapshot:
+        snapshot.load_module(model)
+    engine.shard(model, OPTIM)
     ema = EMA(EMAS, engine.weight_fragments())
 
     def groups():
@@ -81,8 +82,8 @@ def run_stage(stage: int, folder: Path, start: int, steps: int, source: Path | N
                 engine.backward(loss_of(engine.model, micro_batch(step, number)))
         ema.update(step)
     sharded = sum(f.data.numel() for f in ema.fragments().values())
-    Checkpointer(folder, CheckpointConfig(), process).save(start + steps, groups(), {"adam_step": engine.adam_step()})
-    saved = Checkpointer(folder, CheckpointConfig(), process).newest()
+    Checkpointer(folder, CheckpointConfig(), engine).save(start + steps, groups(), {"adam_step": engine.adam_step()})
+    saved = Checkpointer(folder, CheckpointConfig(), engine).newest()
     assert saved is not None
     weights, averages = reference()
     live = engine.all_gather(engine.weight_fragments())

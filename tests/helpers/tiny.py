@@ -8,7 +8,7 @@ from data.digits import write_digits
 from data.loader import LoaderConfig
 from models.autoencoder import Autoencoder, AutoencoderConfig, save_autoencoder
 from models.discriminator import DiscriminatorConfig
-from models.text_encoder import TextEncoderConfig
+from models.text_config import TextEncoderConfig
 from training.checkpoint import CheckpointConfig
 from training.config import AutoencoderRecipe, DiTArchitecture, DiTRecipe, SamplesConfig
 from training.ema import EMAConfig
@@ -67,7 +67,7 @@ def autoencoder_recipe(data: Path, **changes) -> AutoencoderRecipe:
         "data": LoaderConfig(shards=str(data / "train"), image_size=32, num_streams=8),
         "validation_shards": str(data / "test"),
         "model": AUTOENCODER,
-        "discriminator": DiscriminatorConfig(channels=8, num_layers=2),
+        "discriminator": DiscriminatorConfig(channels=8, num_layers=2, norm_groups=4),
         "loss": AutoencoderLossConfig(kl_weight=1e-4, disc_start_step=2),
         "engine": EngineConfig(zero_stage=2, micro_batch_size=2, global_batch_size=8),
         "optim": OptimConfig(learning_rate=1e-3),

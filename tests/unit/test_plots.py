@@ -55,8 +55,10 @@ def test_a_falling_loss_falls_on_the_page() -> None:
     falling = Series(name="a&b", x=xs, y=[1 / (1 + i) for i in xs])
     figure = line_chart("Loss <train>", [falling, Series(name="c", x=xs, y=xs)])
     points = chart_points(figure, "curve c1")
-    assert len(points) == 200
-    assert all(later[1] >= earlier[1] - 0.05 for earlier, later in zip(points, points[1:], strict=False))  # y grows down
+    assert len(points) == 200  # in user units, whose y grows downwards
+    assert all(
+        later[1] >= earlier[1] - 0.05 for earlier, later in zip(points, points[1:], strict=False)
+    )  # y grows down
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
     assert "Loss &lt;train&gt;" in figure and "a&amp;b" in figure
 
