@@ -179,5 +179,5 @@ def _load_masks() -> tuple[np.ndarray, np.ndarray]:
         smooth = Image.fromarray((image / 16).astype(np.float32)).resize(
             (DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC
         )
-        masks.append(np.clip(np.asarray(smooth) * 1.5 - 0.35, 0, 1))  # steeper edges: enlarged strokes look washed out
+        masks.append(np.clip(np.asarray(smooth) * 1.5 - 0.3, 0, 1))  # steeper edges: enlarged strokes look washed out
     return np.stack(masks), digits.target

@@ -82,13 +82,15 @@ def running_mean(values: list[float], share: float = 0.05) -> list[float]:
 class _Axes:
     """Maps values to user units and draws the frame."""
 
-    def __init__(self, x: list[float], y: list[float]) -> None:
+    def __init__(self, x: list[float], y: list[float], from_zero: bool) -> None:
         self.x_low, self.x_high = min(x), max(x)
         if self.x_high == self.x_low:
             self.x_high = self.x_low + 1
         low, high = min(y), max(y)
-        self.log = low > 0 and high / low > LOG_RATIO
-        if self.log:
+        self.log = not from_zero and low > 0 and high / low > LOG_RATIO
+        if from_zero and low >= 0:
+            self.y_low, self.y_high = 0.0, high * 1.08 or 1.0
+        elif self.log:
             self.y_low, self.y_high = low * 0.9, high * 1.1
         else:
             pad = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
@@ -126,8 +128,15 @@ class _Axes:
         return f'<polyline class="{css}" points="{points}"/>'
 
 
-def line_chart(title: str, series: list[Series], x_label: str = "step") -> str:
+def line_chart(title: str, series: list[Series], x_label: str = "step", from_zero: bool = False) -> str:
     """Draws curves over one axis.
+
+    Args:
+        title: of the figure.
+        series: the curves; one that has no finite point is left out.
+        x_label: under the horizontal axis.
+        from_zero: the vertical axis starts at 0 (rates and shares, whose small changes should look small); otherwise
+            it fits the values, and is logarithmic where they are positive and span more than `LOG_RATIO`.
 
     Returns:
         An HTML ``<figure>`` with a caption, a legend where there are several curves, and the SVG; an empty string if
@@ -137,7 +146,7 @@ def line_chart(title: str, series: list[Series], x_label: str = "step") -> str:
     drawn = [(s, x, y) for s, x, y in thinned if x]
     if not drawn:
         return ""
-    axes = _Axes([a for _, x, _ in drawn for a in x], [b for _, _, y in drawn for b in y])
+    axes = _Axes([a for _, x, _ in drawn for a in x], [b for _, _, y in drawn for b in y], from_zero)
     body = axes.frame(x_label)
     for i, (entry, x, y) in enumerate(drawn, start=1):
         if len(x) == 1:

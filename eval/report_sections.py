@@ -31,9 +31,8 @@ SET_NAMES = {"test": "Held-out prompts", "combinations": "Held-out combinations 
 KINDS = {"autoencoder": "autoencoder", "dit": "diffusion transformer"}
 CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = {
     "dit": (
-        ("Training loss (velocity, mean squared error)", (("loss", "loss"),)),
+        ("Training loss (velocity MSE)", (("loss", "loss"),)),
         ("Gradient norm", (("grad_norm", "gradient norm"),)),
-        ("Learning rate", (("lr", "learning rate"),)),
     ),
     "autoencoder": (
         ("Reconstruction loss", (("rec_loss", "reconstruction"),)),
@@ -43,6 +42,7 @@ CHARTS: dict[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = {
     ),
 }
 COMMON_CHARTS = (
+    ("Learning rate", (("lr", "learning rate"),)),
     ("Throughput (images/s, all ranks)", (("images_per_s", "images/s"),)),
     ("Share of time spent waiting for data", (("data_wait_share", "data wait"),)),
 )
@@ -65,13 +65,13 @@ def header(facts: ReportFacts) -> str:
     tiles = [tile for evaluation in facts.evaluations for tile in _evaluation_tiles(evaluation)]
     if facts.seconds:
         total = sum(facts.seconds.values())
-        tiles.append((f"{int(total // 60)} min {int(total % 60)} s", "whole chain, first to last stage"))
+        tiles.append((f"{int(total // 60)}:{int(total % 60):02d} min", "whole chain, first to last stage"))
     if not facts.evaluations:
         tiles += [tile for run in facts.runs for tile in _run_tiles(run)]
     boxes = "".join(f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in tiles)
     return (
-        f"<h1>{escape(facts.title)}</h1>\n"
-        f'<p class="soft">A Darkroom report. {escape("; ".join(trained).capitalize())}{"." if trained else ""}</p>\n'
+        f"<h1>Darkroom: {escape(facts.title)}</h1>\n"
+        f'<p class="soft">{escape("; ".join(trained).capitalize())}{"." if trained else ""}</p>\n'
         f'<div class="tiles">{boxes}</div>'
     )
 
@@ -93,7 +93,9 @@ def _evaluation_tiles(evaluation: EvaluationFacts) -> list[tuple[str, str]]:
     ]
     if "autoencoder" in metrics:
         tiles.append((f"{metrics['autoencoder']['psnr_db']:.1f} dB", "PSNR of held-out reconstructions"))
-    tiles += [(f"{value:.1f}", text) for value, text in _distances(metrics) if "training" not in text]
+    for value, text in _distances(metrics)[:1]:
+        scale = [other for other, name in _distances(metrics) if "for scale" in name]
+        tiles.append((f"{value:.1f}", text + (f"; real ones {scale[0]:.1f}" if scale else "")))
     if not follow and "validation_loss" in metrics:
         tiles.append((f"{metrics['validation_loss']['mean']:.4f}", "validation loss at fixed times"))
     return tiles
@@ -140,7 +142,7 @@ def prompt_following(evaluation: EvaluationFacts) -> str:
         f"{settings['guidance_scale']:g}. A classifier fitted on real training pictures reads them; what it reads on "
         "the real held-out pictures of the same captions is the upper bound. Colour and digit are counted per object, "
         "the number of digits per picture; chance for a digit is 10 %.</p>"
-        f'<div class="scroll"><table class="wide"><thead><tr><th></th>{head}</tr></thead>'
+        f'<div class="scroll"><table class="wide figures"><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -288,7 +290,8 @@ def curves(run: RunFacts) -> str:
         for key, name in keys:
             steps, values = run.column(key)
             series.append(Series(name=name, x=steps, y=values))
-        charts.append(line_chart(title, series, x_label="optimiser step"))
+        from_zero = (title, keys) in COMMON_CHARTS
+        charts.append(line_chart(title, series, x_label="optimiser step", from_zero=from_zero))
     drawn = "".join(charts)
     if not drawn:
         return ""

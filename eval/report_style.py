@@ -16,12 +16,13 @@ p{margin:.25rem 0 .75rem;max-width:72ch}
 .soft,.note{color:var(--soft)}.note{font-weight:400;font-size:.8125rem}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.75rem;margin:1.25rem 0}
 .tile{background:var(--panel);border-radius:8px;padding:.75rem .9rem}
-.tile b{display:block;font-size:1.55rem;line-height:1.2;font-weight:650;font-variant-numeric:tabular-nums}
+.tile b{display:block;white-space:nowrap;font-size:1.55rem;line-height:1.2;font-weight:650;font-variant-numeric:tabular-nums}
 .tile span{display:block;font-size:.8125rem;color:var(--soft);line-height:1.35}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.5rem 0}
 th,td{padding:.4rem .9rem .4rem 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600;font-size:.875rem}td.num,th.num{text-align:right}
+th{font-weight:600;font-size:.875rem}td.num,th.num{text-align:right}td.num{white-space:nowrap}td:last-child,th:last-child{padding-right:0}
+.figures td,.figures th{width:20%}.figures th:first-child{width:40%}
 tr.bound td,tr.bound th{color:var(--soft);font-weight:400}
 .wide{width:100%}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:1.25rem 1.5rem}
@@ -32,7 +33,7 @@ svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fi
 polyline{fill:none;stroke-width:2;stroke-linejoin:round}polyline.raw{stroke-width:1;opacity:.3}
 .c1{stroke:var(--c1);--key:var(--c1)}.c2{stroke:var(--c2);--key:var(--c2)}
 .c3{stroke:var(--c3);--key:var(--c3)}.c4{stroke:var(--c4);--key:var(--c4)}.dot{fill:var(--key)}
-.legend{float:right;font-weight:400;font-size:.8125rem}.key{margin-left:.75rem}
+.legend{float:right;font-weight:400;font-size:.8125rem}.key{margin-left:.75rem;white-space:nowrap}
 .key::before{content:"";display:inline-block;width:.9em;height:3px;background:var(--key);margin-right:.35em;
 vertical-align:middle}
 img{image-rendering:pixelated;display:block;border-radius:3px;background:var(--panel)}

@@ -97,9 +97,9 @@ class Autoencoder(nn.Module):
         self.register_buffer("statistics_measured", torch.zeros((), dtype=torch.bool))
 
     @property
-    def last_layer(self) -> Tensor:
-        """The weight of the last convolution, where the adaptive weight of the adversarial loss is taken."""
-        return self.decoder.conv_out.weight
+    def last_conv(self) -> nn.Conv2d:
+        """The last convolution, at whose weight the adaptive weight of the adversarial loss is taken."""
+        return self.decoder.conv_out
 
     def init_weights(self, seed: int) -> None:
         """Fills every weight as a function of the seed alone: U(±1/sqrt(fan_in)) for weights and biases.

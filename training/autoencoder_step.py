@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from training.losses import (
     AutoencoderLossConfig,
@@ -39,10 +40,10 @@ def generator_step(
 ) -> GeneratorOutput:
     """Loss of the autoencoder on images (B, 3, H, W) in [-1, 1]; `weights` (B,) masks samples.
 
-    `generator(images, eps)` returns (decoded, mean, logvar) for `eps` (B, C, h, w) ~ N(0, I); `discriminator` is the bare
-    module, not its DDP wrapper, and gets no gradients. From `disc_start_step` on the adversarial term joins, weighted by
-    λ from the gradients of the decoder's last convolution: a function of this micro-batch alone, so that the number of
-    ranks does not change it.
+    `generator(images, eps)` returns (decoded, mean, logvar) for `eps` (B, C, h, w) ~ N(0, I); `discriminator` is the
+    bare module, not its DDP wrapper, and gets no gradients. From `disc_start_step` on the adversarial term joins,
+    weighted by λ from the gradients of the decoder's last convolution: a function of this micro-batch alone, so that
+    the number of ranks does not change it.
 
     The terms on pixels are differentiated at the decoded picture, once each. λ follows from there by the convolution's
     own weight gradient, and the generator is walked backwards once, by the objective <decoded, gradient> + w·KL:
@@ -76,7 +77,7 @@ def generator_step(
 def last_layer_norm(conv: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> Tensor:
     """‖∂L/∂W‖ of a convolution that saw `inputs` and whose output has ∂L/∂output = `gradient`."""
     shape = (conv.out_channels, conv.in_channels, *conv.kernel_size)
-    return torch.nn.grad.conv2d_weight(inputs.float(), shape, gradient, padding=conv.padding).norm()
+    return conv2d_weight(inputs.float(), shape, gradient, padding=conv.padding).norm()
 
 
 def discriminator_step(discriminator: nn.Module, images: Tensor, decoded: Tensor, weights: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Checkpoints by parameter name: any ZeRO stage and any number of ranks loads what any other wrote.
 
 Layout under `checkpoints/`: `step-00001000/<attempt>/<group>-<rank>.safetensors` and, written last with put-if-absent,
-`step-00001000/manifest.json`, which *is* the commit. A group is one kind of tensor ("model", "ema-0.9999", "exp_avg", …).
+`step-00001000/manifest.json`, which *is* the commit. A group is one kind of tensor ("model", "ema-0.9999", "exp_avg").
 Keys carry the attempt, so that a zombie of an earlier start can never overwrite what a later one wrote.
 """
 
@@ -67,8 +67,8 @@ class Snapshot:
             key = self.index[group][name]
         except KeyError:
             raise TrainingError(
-                f"checkpoint {self.folder} has no tensor {name!r} in group {group!r}; it was written for another model: "
-                "use the recipe it was trained with, or another --run"
+                f"checkpoint {self.folder} has no tensor {name!r} in group {group!r}; it was written for another "
+                "model: use the recipe it was trained with, or another --run"
             ) from None
         with safe_open(str(self.folder / key), framework="pt") as file:
             return file.get_tensor(name)

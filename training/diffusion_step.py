@@ -73,5 +73,8 @@ def diffusion_step(
     prediction = dit(x_t, t, text.text_embeds, text.pooled)
     error = (prediction.float() - target(diffusion, latents, noise, t)).square().flatten(1).mean(1)  # (B,)
     loss = (error * weights).mean()
-    dropped = {f"dropped_{name}": rate for name, rate in zip(frozen.conditioner.names, drop.float().mean(0).to(device), strict=True)}
+    dropped = {
+        f"dropped_{name}": rate
+        for name, rate in zip(frozen.conditioner.names, drop.float().mean(0).to(device), strict=True)
+    }
     return loss, {"loss": loss, "latent_std": latents.std(), **dropped}

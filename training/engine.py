@@ -137,11 +137,11 @@ class Engine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def accumulate(self) -> AbstractContextManager:
-        """Wraps one micro-batch; the last of `accumulation_steps` synchronises the gradients and steps the optimiser."""
+        """Wraps one micro-batch; the last of `accumulation_steps` synchronises the gradients and steps."""
         return self._accelerator.accumulate(self.model)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates d(loss / accumulation_steps); on the last micro-batch also clips and steps (DeepSpeed's order)."""
+        """Accumulates d(loss / accumulation_steps); on the last micro-batch also clips and steps."""
         self._accelerator.backward(loss)
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -260,7 +260,7 @@ class Engine:
                 yield name, self._zero12_fragment(parameter, of)
 
     def _zero12_fragment(self, parameter: nn.Parameter, of: Callable[[Tensor], Tensor]) -> Fragment:
-        mapping = parameter._hp_mapping
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:  # another rank's partition holds all of it
             empty = torch.empty(0, dtype=torch.float32, device=self.device)
             return Fragment(data=empty, start=0, shape=tuple(parameter.shape))
@@ -288,8 +288,10 @@ class Replica:
         """Wraps forward and backward of one micro-batch; gradients are averaged over ranks and applied on the last."""
         if first:
             self.optimizer.zero_grad(set_to_none=True)
-        parallel = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        with self.model.no_sync() if parallel and not last else nullcontext():
+        quiet: AbstractContextManager = nullcontext()
+        if not last and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            quiet = self.model.no_sync()
+        with quiet:
             yield
         if last:
             self.optimizer.step()
@@ -337,8 +339,8 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
 
-    # The shared-memory collective is compiled at start-up (80 s, needs ninja and g++, and a killed compile leaves a lock
-    # that hangs the next run), yet only tensor-parallel inference uses it.
+    # The shared-memory collective is compiled at start-up (80 s, needs ninja and g++, and a killed compile leaves a
+    # lock that hangs the next run), yet only tensor-parallel inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     bucket = 2**28 if torch.cuda.is_available() else 2**22  # elements; the buffers are allocated up front

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from data.loader import Batch
+from data.loader import Batch, build_loader, check_stamp
 from launch.config_io import dump_yaml, read_yaml, to_dict
 from launch.runtime import PreemptionFlag, Ranks
 from training.checkpoint import Checkpointer, Groups, Snapshot
@@ -53,7 +53,8 @@ def refuse_other_recipe(old: dict[str, Any], new: dict[str, Any], directory: Pat
     for key in sorted(old.keys() | new.keys()):
         if key in CHANGEABLE:
             continue
-        left, right = old.get(key), new.get(key)
+        left: Any = old.get(key)
+        right: Any = new.get(key)
         for inner in CHANGEABLE_NESTED.get(key, ()):
             left = {name: value for name, value in left.items() if name != inner}
             right = {name: value for name, value in right.items() if name != inner}
@@ -105,7 +106,6 @@ class Run:
         recipe: of either stage; the fields that both have are read.
         engine: gives ranks and collectives.
         checkpointer: where commits go.
-        data_fingerprint: of the training shards; a resume on other data is refused.
         describe: gives plain values that every commit carries along for its readers.
         quiet: no progress line.
     """
@@ -116,7 +116,6 @@ class Run:
         recipe: AutoencoderRecipe | DiTRecipe,
         engine: Engine,
         checkpointer: Checkpointer,
-        data_fingerprint: str,
         describe: Callable[[], dict[str, Any]],
         quiet: bool,
     ) -> None:
@@ -124,7 +123,6 @@ class Run:
         self.recipe = recipe
         self.engine = engine
         self.checkpointer = checkpointer
-        self.data_fingerprint = data_fingerprint
         self.describe = describe
         self.counters = Counters()
         self.meter = Meter()
@@ -135,6 +133,7 @@ class Run:
         self._images = 0
         self._bad = 0  # on this rank, since the last row
         self._last_bad: dict[str, Any] = {}
+        self._stamp: dict[str, Any] | None = None  # what the order of the data depends on
 
     # -- resume -----------------------------------------------------------------------------------------------------
     def resume(self, snapshot: Snapshot | None, groups: Callable[[], Groups]) -> None:
@@ -143,15 +142,26 @@ class Run:
             return
         for complaint in snapshot.complaints:
             self.metrics.say(f"warning: {complaint}; falling back to step {snapshot.step}")
-        if snapshot.state["data_fingerprint"] != self.data_fingerprint:
-            raise TrainingError(
-                f"{self.directory} was trained on data with fingerprint {snapshot.state['data_fingerprint'][:12]}, "
-                f"data.shards now has {self.data_fingerprint[:12]}; restore the data, or give another --run"
-            )
         snapshot.restore(groups())
         self.engine.set_adam_step(snapshot.state["adam_step"])
         self.counters = Counters(**snapshot.state["counters"])
+        self._stamp = snapshot.state["data"]
         self.metrics.say(f"resuming {self.directory} at step {self.counters.step}")
+
+    def open_loader(self) -> Iterator[Batch]:
+        """This rank's micro-batches, from the first that was not consumed; other data than before is refused."""
+        loader = build_loader(
+            self.recipe.data,
+            seed=self.recipe.seed,
+            micro_batch_size=self.recipe.engine.micro_batch_size,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            first_micro_batch=self.counters.micro_batches,
+        )
+        if self._stamp is not None:
+            check_stamp(self._stamp, loader.stamp)
+        self._stamp = loader.stamp
+        return iter(loader)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
     def steps(self) -> Iterator[int]:
@@ -228,7 +238,7 @@ class Run:
         state = {
             "counters": {**vars(self.counters), "step": step},
             "adam_step": self.engine.adam_step(),
-            "data_fingerprint": self.data_fingerprint,
+            "data": self._stamp,
             **self.describe(),
         }
         with self.not_training_time():
@@ -252,15 +262,16 @@ class Run:
         """Stops a run that learns nothing any more: a loss that is not finite, or too many bad samples."""
         if not math.isfinite(loss):
             raise TrainingError(
-                f"loss is {loss} at step {step} of {self.directory}; lower optim.learning_rate or engine.max_grad_norm, "
-                "then start another --run"
+                f"loss is {loss} at step {step} of {self.directory}; lower optim.learning_rate or "
+                "engine.max_grad_norm, then start another --run"
             )
         allowed = self.recipe.data.max_bad_fraction * max(self.counters.images_seen, 1000)
         if self.counters.bad_samples > allowed:
             last = f"; the last on this rank: {self._last_bad}" if self._last_bad else ""
             raise TrainingError(
                 f"{self.counters.bad_samples} of {self.counters.images_seen} samples could not be used, more than "
-                f"data.max_bad_fraction {self.recipe.data.max_bad_fraction}; see {self.directory}/bad_samples-*.jsonl{last}"
+                f"data.max_bad_fraction {self.recipe.data.max_bad_fraction}; see "
+                f"{self.directory}/bad_samples-*.jsonl{last}"
             )
 
     def _sum_over_ranks(self, value: float) -> float:

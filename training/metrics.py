@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def read(self, mean_over_ranks) -> dict[str, float]:
+    def read(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means since the last read, averaged over ranks by one collective; empties the meter."""
         if not self._sums:
             return {}
@@ -74,9 +75,8 @@ class Metrics:
         """The progress line: loss, images/s, data wait and time left; on a plain log one line every ten seconds."""
         if self.rank != 0 or self._quiet:
             return
-        line = (
-            f"loss {row['loss']:.4f}  {row['images_per_s']:.0f} images/s  data wait {100 * row['data_wait_share']:.1f} %"
-        )
+        wait = 100 * row["data_wait_share"]
+        line = f"loss {row['loss']:.4f}  {row['images_per_s']:.0f} images/s  data wait {wait:.1f} %"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, line=line)
         elif step == total_steps or time.monotonic() - self._last_line_s > 10:

@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data.loader import build_loader, iterate_once
+from data.loader import iterate_once
 from data.object_store import fetch_tree
 from data.shards import load_index
 from launch.runtime import Ranks, ranks
@@ -36,7 +37,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     """
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
-    index = load_index(recipe.data.shards)
+    load_index(recipe.data.shards)  # a wrong path must not leave a run directory behind
     perceptual = _perceptual(recipe, process)
     open_run_directory(directory, recipe, "autoencoder", process)
 
@@ -59,7 +60,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
         adversary = {f"discriminator-{group}": tensors for group, tensors in replica.fragments().items()}
         return {"model": engine.weight_fragments(), **averages, **engine.moment_fragments(), **adversary}
 
-    run = Run(directory, recipe, engine, checkpointer, index.fingerprint, replica.counters, quiet)
+    run = Run(directory, recipe, engine, checkpointer, replica.counters, quiet)
     run.resume(snapshot, groups)
     if snapshot is not None:
         replica.set_adam_step(snapshot.state["discriminator_adam_step"])
@@ -84,23 +85,16 @@ def loop(
     averaged: Callable[[], Autoencoder],
 ) -> None:
     """Generator's turn, then discriminator's turn, on the same micro-batch."""
-    loader = iter(
-        build_loader(
-            recipe.data,
-            seed=recipe.seed,
-            micro_batch_size=recipe.engine.micro_batch_size,
-            rank=engine.rank,
-            world_size=engine.world_size,
-            first_micro_batch=run.counters.micro_batches,
-        )
-    )
+    loader = run.open_loader()
+    autoencoder = engine.module
+    assert isinstance(autoencoder, Autoencoder)
     for step in run.steps():
         rate = learning_rate(recipe.schedule, recipe.optim.learning_rate, step, recipe.total_steps)
         engine.set_learning_rate(rate)
         for micro, batch in enumerate(run.micro_batches(loader)):
             images, weights = batch.images.to(engine.device), batch.weights.to(engine.device)
             numbers = batch.sample_numbers.to(engine.device)
-            eps = posterior_noise(engine.module, images, numbers, recipe.seed)
+            eps = posterior_noise(autoencoder, images, numbers, recipe.seed)
             with engine.accumulate():
                 with engine.autocast():
                     turn = generator_step(
@@ -111,7 +105,7 @@ def loop(
                         eps,
                         weights,
                         recipe.loss,
-                        last_conv=engine.module.decoder.conv_out,
+                        last_conv=autoencoder.last_conv,
                         step=step,
                     )
                 engine.backward(turn.objective)  # on the last micro-batch: reduce, clip, AdamW
@@ -151,7 +145,7 @@ def finish(recipe: AutoencoderRecipe, run: Run, engine: Engine, autoencoder: Aut
     autoencoder.set_statistics(mean, std)
     folder = run.directory / "artifact"
     if engine.rank == 0 and not folder.exists():
-        summary = {"latent_mean": mean.tolist(), "latent_std": std.tolist()}
+        summary: dict[str, Any] = {"latent_mean": mean.tolist(), "latent_std": std.tolist()}
         if recipe.validation_shards:
             values = [
                 psnr_db(reconstruct(autoencoder, images), images)

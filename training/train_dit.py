@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-
-from data.loader import build_loader
 from data.object_store import fetch_tree
 from data.shards import load_index
 from launch.runtime import ranks
@@ -33,7 +31,7 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     """
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
-    index = load_index(recipe.data.shards)
+    load_index(recipe.data.shards)  # a wrong path must not leave a run directory behind
     frozen = load_frozen(recipe)
     open_run_directory(directory, recipe, "dit", process)
 
@@ -59,7 +57,7 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
         "image_size": recipe.data.image_size,
         "weights": f"ema-{recipe.ema.decays[0]}",
     }
-    run = Run(directory, recipe, engine, checkpointer, index.fingerprint, lambda: {"pipeline": pipeline}, quiet)
+    run = Run(directory, recipe, engine, checkpointer, lambda: {"pipeline": pipeline}, quiet)
     run.resume(snapshot, groups)
 
     def draw(path: Path) -> None:
@@ -81,16 +79,7 @@ def loop(
     draw: Callable[[Path], None],
 ) -> None:
     """Forward, backward and step."""
-    loader = iter(
-        build_loader(
-            recipe.data,
-            seed=recipe.seed,
-            micro_batch_size=recipe.engine.micro_batch_size,
-            rank=engine.rank,
-            world_size=engine.world_size,
-            first_micro_batch=run.counters.micro_batches,
-        )
-    )
+    loader = run.open_loader()
     for step in run.steps():
         rate = learning_rate(recipe.schedule, recipe.optim.learning_rate, step, recipe.total_steps)
         engine.set_learning_rate(rate)
@@ -133,7 +122,8 @@ def load_frozen(recipe: DiTRecipe) -> Frozen:
     if recipe.data.image_size % side:
         raise TrainingError(
             f"data.image_size {recipe.data.image_size} is not a multiple of {side} "
-            f"(downsampling {autoencoder.config.downsampling} x patch_size {recipe.model.patch_size}); change one of them"
+            f"(downsampling {autoencoder.config.downsampling} x patch_size {recipe.model.patch_size}); "
+            "change one of them"
         )
     conditioner = Conditioner(recipe.text_encoders)
     return Frozen(autoencoder=autoencoder, autoencoder_fingerprint=fingerprint, conditioner=conditioner)

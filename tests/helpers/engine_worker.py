@@ -91,7 +91,9 @@ def run_stage(stage: int, folder: Path, start: int, steps: int, source: Path | N
         "weights": max(float((saved.tensor("model", n) - w).abs().max()) for n, w in weights.items()),
         "masters_are_what_is_saved": max(float((saved.tensor("model", n) - live[n]).abs().max()) for n in weights),
         "ema": max(
-            float((saved.tensor(f"ema-{d}", n) - w).abs().max()) for d, average in averages.items() for n, w in average.items()
+            float((saved.tensor(f"ema-{d}", n) - w).abs().max())
+            for d, average in averages.items()
+            for n, w in average.items()
         ),
         "ema_elements_on_this_rank": sharded,
         "adam_step": engine.adam_step(),

@@ -24,7 +24,9 @@ ENCODERS = (
     TextEncoderConfig(
         name="clip_b", kind="clip", seed=2, width=16, layers=2, heads=2, embed_dim=16, max_tokens=12, dropout=0.2
     ),
-    TextEncoderConfig(name="t5", kind="t5", seed=3, width=32, layers=1, heads=2, vocab_size=512, max_tokens=12, dropout=0.2),
+    TextEncoderConfig(
+        name="t5", kind="t5", seed=3, width=32, layers=1, heads=2, vocab_size=512, max_tokens=12, dropout=0.2
+    ),
 )
 
 

@@ -82,7 +82,7 @@ def test_forward_trains_every_parameter_through_the_sample() -> None:
     torch.testing.assert_close(reconstruction, autoencoder.decode_raw(mean + (0.5 * logvar).exp() * eps))
     reconstruction.square().sum().backward()
     assert all(parameter.grad is not None for parameter in autoencoder.parameters())
-    assert autoencoder.last_layer.grad is not None
+    assert autoencoder.last_conv.weight.grad is not None
 
 
 def test_init_is_a_function_of_the_seed() -> None:
@@ -92,8 +92,8 @@ def test_init_is_a_function_of_the_seed() -> None:
     for autoencoder, seed in ((first, 7), (second, 7), (third, 8)):
         autoencoder.init_weights(seed)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert torch.equal(first.last_layer, second.last_layer)
-    assert not torch.equal(first.last_layer, third.last_layer)
+    assert torch.equal(first.last_conv.weight, second.last_conv.weight)
+    assert not torch.equal(first.last_conv.weight, third.last_conv.weight)
 
 
 def test_save_and_load(tmp_path: Path) -> None:

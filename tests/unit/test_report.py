@@ -108,14 +108,14 @@ def test_the_page_holds_everything_and_asks_nobody(demo: Path) -> None:
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "url(" not in text
     assert "@import" not in text
-    assert page.tags.count("svg") == 11  # three and four per run, and two common ones each
+    assert page.tags.count("svg") == 12  # four and two, and three common ones each
     shown = " ".join(page.text)
     metrics = json.loads((demo / "dit" / "eval" / "metrics.json").read_text())
     for name in ("count", "colour", "digit"):
         for value in metrics["prompt_following"][name].values():
             assert f"{100 * value:.1f} %" in shown
     assert f"{metrics['autoencoder']['psnr_db']:.2f} dB" in shown
-    for wanted in ("9 min 42 s", "total_steps: 1000", "deepspeed", "0.19.8", "✓", "✗", "fit the reader"):
+    for wanted in ("9:42 min", "total_steps: 1000", "deepspeed", "0.19.8", "✓", "✗", "fit the reader"):
         assert wanted in shown
     rows = [json.loads(line) for line in (demo / "dit" / "eval" / "prompts-test.jsonl").read_text().splitlines()]
     assert all(row["prompt"] in shown for row in rows[:24])
@@ -175,7 +175,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         write_report("s3://bucket/run")
 
 
-# -- in a real browser --------------------------------------------------------------------------------------------------
+# -- in a real browser ------------------------------------------------------------------------------------------------
 def browse(profile: Path, *arguments: str) -> str:
     """Runs headless Chromium without network and returns its standard output; its process group ends with it."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
