@@ -226,9 +226,7 @@ def figures(evaluation: EvaluationFacts) -> str:
     metrics = evaluation.metrics
     rows = [(text, f"{value:.2f}") for value, text in _distances(metrics)]
     if "validation_loss" in metrics:
-        losses = metrics["validation_loss"]
-        rows.append(("validation loss, mean over fixed times", f"{losses['mean']:.4f}"))
-        rows += [(f"validation loss at {key}", f"{value:.4f}") for key, value in losses.items() if key != "mean"]
+        rows.append(("validation loss, mean over fixed times", f"{metrics['validation_loss']['mean']:.4f}"))
     if "reader" in metrics:
         reader = metrics["reader"]
         rows.append(
@@ -239,11 +237,19 @@ def figures(evaluation: EvaluationFacts) -> str:
     body = "".join(f'<tr><th>{escape(name)}</th><td class="num">{value}</td></tr>' for name, value in rows)
     model = metrics["model"]
     return (
-        f"<h2>Further figures</h2><table><tbody>{body}</tbody></table>"
+        f'<h2>Further figures</h2><div class="charts"><table><tbody>{body}</tbody></table>'
+        f"{_loss_over_time(metrics)}</div>"
         f'<p class="note">Model <code>{escape(model["url"])}</code>, weights {escape(model["weights"])}, fingerprint '
         f"<code>{model['fingerprint'][:16]}</code>. A Fréchet distance under any network but the FID's own Inception "
         "carries that network's name and compares only with itself.</p>"
     )
+
+
+def _loss_over_time(metrics: dict[str, Any]) -> str:
+    losses = {key: value for key, value in metrics.get("validation_loss", {}).items() if key.startswith("t=")}
+    times = [float(key.removeprefix("t=")) for key in losses]
+    series = Series(name="loss", x=times, y=list(losses.values()), smooth=False)
+    return line_chart("Validation loss by path time (0 = data, 1 = noise)", [series], x_label="t", from_zero=True)
 
 
 # -- training ------------------------------------------------------------------------------------------------------

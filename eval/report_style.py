@@ -16,7 +16,8 @@ p{margin:.25rem 0 .75rem;max-width:72ch}
 .soft,.note{color:var(--soft)}.note{font-weight:400;font-size:.8125rem}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.75rem;margin:1.25rem 0}
 .tile{background:var(--panel);border-radius:8px;padding:.75rem .9rem}
-.tile b{display:block;white-space:nowrap;font-size:1.55rem;line-height:1.2;font-weight:650;font-variant-numeric:tabular-nums}
+.tile b{display:block;white-space:nowrap;font-size:1.55rem;line-height:1.2;
+font-weight:650;font-variant-numeric:tabular-nums}
 .tile span{display:block;font-size:.8125rem;color:var(--soft);line-height:1.35}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.5rem 0}
@@ -25,7 +26,8 @@ th{font-weight:600;font-size:.875rem}td.num,th.num{text-align:right}td.num{white
 .figures td,.figures th{width:20%}.figures th:first-child{width:40%}
 tr.bound td,tr.bound th{color:var(--soft);font-weight:400}
 .wide{width:100%}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:1.25rem 1.5rem}
+.charts{align-items:start;display:grid;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:1.25rem 1.5rem}
 figure{margin:0}figcaption{font-size:.875rem;font-weight:600;margin-bottom:.25rem}
 svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:var(--soft)}

@@ -5,6 +5,7 @@ docs/commands.md is the user's page.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -48,8 +49,22 @@ def main() -> NoReturn:
         from launch.runtime import report_error
 
         report_error(error)
-        sys.exit(code)
-    sys.exit(0)
+        _leave(code)
+    except SystemExit as done:
+        if done.code:
+            raise
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """A rank skips the interpreter's tear-down, in which threads of gloo have been seen to abort after all was done."""
+    from launch.runtime import is_rank_process
+
+    if is_rank_process():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _say(text: str, quiet: bool = False) -> None:

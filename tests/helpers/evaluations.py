@@ -89,7 +89,7 @@ def write_run(folder: Path, kind: str, pictures: torch.Tensor, steps: int = 1000
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in range(steps // 5, steps + 1, steps // 5):
         share = 1 - step / steps
-        shown = to_images(pictures[: len(PROMPTS)])
+        shown = to_images(pictures[:8] if kind == "autoencoder" else pictures[: len(PROMPTS)])
         mixed = shown * (1 - share) + share * torch.randn(shown.shape, generator=generator)
         sheet = torch.cat([shown, mixed]) if kind == "autoencoder" else mixed
         write_grid(to_pictures(sheet) / 255, folder / "samples" / f"step-{step:08d}.png")

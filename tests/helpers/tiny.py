@@ -36,10 +36,10 @@ def digits(folder: Path) -> Path:
     return folder
 
 
-def autoencoder_artifact(folder: Path) -> Path:
+def autoencoder_artifact(folder: Path, seed: int = 0) -> Path:
     """An untrained autoencoder with plausible latent statistics."""
     autoencoder = Autoencoder(AUTOENCODER)
-    autoencoder.init_weights(0)
+    autoencoder.init_weights(seed)
     autoencoder.set_statistics(torch.zeros(4), torch.full((4,), 0.5))
     save_autoencoder(folder, autoencoder)
     return folder
@@ -73,7 +73,7 @@ def autoencoder_recipe(data: Path, **changes) -> AutoencoderRecipe:
         "loss": AutoencoderLossConfig(kl_weight=1e-4, disc_start_step=2),
         "engine": EngineConfig(zero_stage=2, micro_batch_size=2, global_batch_size=8),
         "optim": OptimConfig(learning_rate=1e-3),
-        "discriminator_optim": OptimConfig(learning_rate=1e-3),
+        "discriminator_optim": OptimConfig(learning_rate=1e-3, eps=1e-3),  # or Adam makes steps of rounding noise
         "ema": EMAConfig(decays=(0.9,)),
         "checkpoint": CheckpointConfig(every_steps=4),
         "total_steps": 6,

@@ -1,0 +1,128 @@
+"""Diffusion runs on real ranks: equal curves on any number of them, and exact resumes after SIGKILL."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.helpers.command import darkroom
+from training.metrics import read_metrics
+
+EXACT = ("loss", "latent_std", "dropped_clip_a", "dropped_clip_b", "dropped_t5", "grad_norm", "lr", "images_seen")
+
+
+def curve(run, keys=EXACT):
+    return [{key: row[key] for key in keys} for row in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    """Eight steps on two ranks under ZeRO-2, undisturbed."""
+    run = world.folder / "whole"
+    result = darkroom("train", "dit", world.dit, "--run", run, "--nproc", 2)
+    assert result.code == 0, result.err
+    return run
+
+
+def test_the_run_directory_is_as_documented(whole):
+    assert {"run.yaml", "metrics.jsonl", "tb", "samples", "frozen", "checkpoints", "artifact"} <= {
+        path.name for path in whole.iterdir()
+    }
+    assert [row["step"] for row in read_metrics(whole / "metrics.jsonl")] == list(range(1, 9))
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    assert (whole / "samples" / "step-00000008.png").exists()
+    manifest = json.loads((whole / "checkpoints" / "step-00000008" / "manifest.json").read_text())
+    assert set(manifest["meta"]["index"]) == {"model", "ema-0.9", "ema-0.5", "exp_avg", "exp_avg_sq"}
+    assert manifest["meta"]["state"]["counters"]["micro_batches"] == 8 * 8 // 2
+
+
+@pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 1), (2, 3)])
+def test_curve_does_not_depend_on_ranks_or_stage(world, whole, ranks, stage):
+    """Same pictures, noise, t and dropout per sample; what differs is the order of float32 sums, amplified by Adam's
+    first steps where a gradient is nearly zero."""
+    run = world.folder / f"ranks-{ranks}-stage-{stage}"
+    result = darkroom("train", "dit", world.dit, "--run", run, "--nproc", ranks, f"engine.zero_stage={stage}")
+    assert result.code == 0, result.err
+    keys = ("loss", "latent_std", "dropped_clip_a", "dropped_clip_b", "dropped_t5")
+    for mine, theirs in zip(curve(run, keys), curve(whole, keys), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-6)
+    mine, theirs = (load_file(folder / "artifact" / "model.safetensors") for folder in (run, whole))
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in theirs) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "die, resumes_at",
+    [("log:6:1", 4), ("upload:8:0", 4)],  # between checkpoints; with the last one half written
+)
+def test_sigkill_and_resume_repeats_the_curve_bit_for_bit(world, whole, die, resumes_at):
+    run = world.folder / die.replace(":", "-")
+    command = ("train", "dit", world.dit, "--run", run, "--nproc", 2)
+    killed = darkroom(*command, die=die)
+    assert killed.code == 137
+    assert len(killed.error_lines) == 1 and "SIGKILL" in killed.error_lines[0]
+    assert not (run / "checkpoints" / "step-00000008" / "manifest.json").exists()
+    resumed = darkroom(*command)
+    assert resumed.code == 0, resumed.err
+    assert f"resuming {run} at step {resumes_at}" in resumed.err
+    assert curve(run) == curve(whole)
+    mine, theirs = (load_file(folder / "artifact" / "model.safetensors") for folder in (run, whole))
+    assert all(mine[name].equal(theirs[name]) for name in theirs)
+
+
+def test_damaged_checkpoint_falls_back_and_says_so(world, whole):
+    run = world.folder / "damaged"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "artifact")
+    victim = next((run / "checkpoints" / "step-00000008").glob("*/exp_avg-00001.safetensors"))
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    result = darkroom("train", "dit", world.dit, "--run", run, "--nproc", 2)
+    assert result.code == 0, result.err
+    assert "exp_avg-00001.safetensors" in result.err and "falling back to step 4" in result.err
+    assert curve(run) == curve(whole)
+
+
+def test_nothing_left_to_resume_is_refused(world, whole):
+    run = world.folder / "ruined"
+    shutil.copytree(whole, run)
+    for step in (4, 8):
+        next((run / "checkpoints" / f"step-{step:08d}").glob("*/model-00000.safetensors")).unlink()
+    result = darkroom("train", "dit", world.dit, "--run", run)
+    assert result.code == 2
+    assert len(result.error_lines) == 1 and "model-00000.safetensors: missing" in result.error_lines[0]
+
+
+def test_another_recipe_is_refused_by_the_field_that_differs(world, whole):
+    result = darkroom("train", "dit", world.dit, "--run", whole, "optim.learning_rate=0.5")
+    assert result.code == 2
+    assert result.error_lines == [
+        f"error: {whole} was started with optim.learning_rate = 0.001, the recipe now says 0.5; "
+        "restore the value, or give another --run"
+    ]
+
+
+def test_another_autoencoder_is_refused(world, whole, tmp_path):
+    from tests.helpers import tiny
+
+    other = tiny.autoencoder_artifact(tmp_path / "other", seed=1)
+    kept = whole / "frozen" / "autoencoder"
+    aside = tmp_path / "aside"
+    shutil.move(kept, aside)
+    try:
+        shutil.copytree(other, kept)
+        result = darkroom("train", "dit", world.dit, "--run", whole)
+    finally:
+        shutil.rmtree(kept)
+        shutil.move(aside, kept)
+    assert result.code == 2
+    assert len(result.error_lines) == 1 and "was trained with autoencoder" in result.error_lines[0]
+
+
+def test_finished_run_says_so_and_trains_nothing(world, whole):
+    before = (whole / "metrics.jsonl").read_bytes()
+    result = darkroom("train", "dit", world.dit, "--run", whole)
+    assert result.code == 0
+    assert "is finished" in result.err + result.out
+    assert (whole / "metrics.jsonl").read_bytes() == before

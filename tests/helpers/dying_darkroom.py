@@ -1,0 +1,49 @@
+"""The darkroom command, except that one rank SIGKILLs itself where DARKROOM_TEST_DIE says.
+
+DARKROOM_TEST_DIE=log:6:1     rank 1, after the row of step 6 is due
+DARKROOM_TEST_DIE=upload:8:0  rank 0, while the files of the checkpoint of step 8 are being put
+"""
+
+import os
+import signal
+
+from launch import cli
+from launch.runtime import ranks
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(where: str, step: int, rank: int) -> None:
+    if ranks().rank != rank or "RANK" not in os.environ:
+        return
+    if where == "log":
+        from training.loop import Run
+
+        log = Run.log
+
+        def log_and_die(self: Run, **extra: float) -> None:
+            log(self, **extra)
+            if self.counters.step + 1 == step:
+                _die()
+
+        Run.log = log_and_die  # type: ignore[method-assign]
+    else:
+        from data.local_store import LocalStore
+
+        put = LocalStore.put_file
+
+        def put_and_die(self: LocalStore, path: object, key: str) -> None:
+            put(self, path, key)  # type: ignore[arg-type]
+            if key.startswith(f"step-{step:08d}/"):
+                _die()
+
+        LocalStore.put_file = put_and_die  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    if plan := os.environ.get("DARKROOM_TEST_DIE"):
+        where, step, rank = plan.split(":")
+        arm(where, int(step), int(rank))
+    cli.main()
