@@ -19,9 +19,6 @@ UV := $(shell sed -n 's/^uv==/uv==/p' requirements.lock)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SOURCES := training data models launch eval tests
 
-# deepspeed builds one small extension with ninja, which it looks for on PATH
-export PATH := $(CURDIR)/$(BIN):$(PATH)
-
 .PHONY: help install demo test test-all check fix clean
 
 help:

@@ -1,11 +1,8 @@
-"""What `darkroom doctor` says: versions, accelerators, tools. It reads no weights and opens no connection."""
+"""What `darkroom doctor` says: versions and accelerators. It reads no weights and opens no connection."""
 
 import os
 import platform
-import shutil
-import sysconfig
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from launch.runtime import core_count, gpu_count
@@ -23,7 +20,6 @@ PACKAGES = (
     "diffusers",
 )
 OPTIONAL = {"diffusers": "export; install darkroom[serve]"}
-TOOLS = {"ninja": "deepspeed builds an extension with it", "c++": "deepspeed builds an extension with it"}
 
 
 def examine() -> dict[str, Any]:
@@ -37,16 +33,6 @@ def examine() -> dict[str, Any]:
             packages.append(f"{name} absent" + (f" ({OPTIONAL[name]})" if name in OPTIONAL else ""))
             if name not in OPTIONAL:
                 missing.append(name)
-    tools = []
-    for name, reason in TOOLS.items():
-        where = shutil.which(name)
-        tools.append(f"{name} {where or f'absent ({reason})'}")
-        if where is None:
-            missing.append(name)
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    tools.append(f"Python.h {header if header.is_file() else 'absent (deepspeed builds an extension with it)'}")
-    if not header.is_file():
-        missing.append("Python.h (the package with Python's headers, such as python3-dev)")
     return {
         "darkroom": _own_version(),
         "python": platform.python_version(),
@@ -55,7 +41,6 @@ def examine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "accelerators": _accelerators(),
         "packages": packages,
-        "tools": tools,
         "missing": missing,
     }
 

@@ -33,7 +33,6 @@ DOORS: dict[str, tuple[str, ...]] = {
     "transformers": ("models/text_encoder.py", "models/diffusers_map.py", "models/export.py"),
     "diffusers": ("models/export.py", "models/diffusers_map.py"),
     "sklearn": ("data/digits.py",),
-    "matplotlib": ("eval/plots.py",),
 }
 PICKLE = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal")
 MAX_FILE_LINES = 450
