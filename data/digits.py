@@ -88,6 +88,8 @@ def write_digits(
         least = _TRAIN_SHARDS if split == "train" else 1
         if count < least:
             raise DataError(f"num_{split}={count}: at least {least} pictures are needed")
+    if seed < 0:
+        raise DataError(f"seed={seed}: must not be negative")
     request = json.dumps({"version": 1, "seed": seed, "counts": counts}, sort_keys=True).encode()
     store = open_store(out)
     if store.list() and (not store.exists("digits.json") or store.open_range("digits.json").read() != request):

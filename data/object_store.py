@@ -294,7 +294,10 @@ def _client(_pid: int, _environment: int) -> Any:
     if "AWS_MAX_ATTEMPTS" not in os.environ:
         retries = {"retries": {"mode": "standard", "total_max_attempts": 6}}
     session = boto3.session.Session()
-    return session.client("s3", config=Config(connect_timeout=10, read_timeout=60, **retries))
+    try:
+        return session.client("s3", config=Config(connect_timeout=5, read_timeout=20, **retries))
+    except ValueError:  # its text may quote what stands in the endpoint
+        raise DataError("AWS_ENDPOINT_URL is no address; write https://HOST[:PORT]") from None
 
 
 def _explain(error: Any) -> str:

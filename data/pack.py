@@ -47,6 +47,8 @@ def pack(
         raise DataError(f'{captions}: no such file; give a JSONL with {{"file": …, "caption": …}} per line')
     if samples_per_shard < 1 or min_shards < 1:
         raise DataError(f"samples_per_shard={samples_per_shard}, min_shards={min_shards}: must be at least 1")
+    if open_store(out).exists(SKIPPED):
+        raise DataError(f"{join(out, SKIPPED)}: exists already; choose another place or remove it")
     usable, skipped = _sort_out(folder, captions)
     if not usable:
         first = skipped[0]["reason"] if skipped else "the file is empty"
@@ -114,6 +116,8 @@ def _extension(name: str) -> str:
 def _read_image(folder: Path, name: str) -> bytes:
     if _extension(name) not in IMAGE_EXTENSIONS:
         raise BadImage(f"extension not one of {', '.join(IMAGE_EXTENSIONS)}")
+    if "\0" in name:
+        raise BadImage("no file name")
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BadImage("outside the images' folder")

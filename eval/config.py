@@ -28,6 +28,8 @@ class ReaderConfig:
         for name in ("num_pictures", "epochs", "batch_size", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} must be positive")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class EvalRecipe:
         for name in ("num_prompts", "num_steps", "batch_size", "num_validation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} must not be negative")
         if self.guidance_scale < 0:
             raise ValueError(f"guidance_scale: {self.guidance_scale} must not be negative; 1.0 is no guidance")
         if self.reader is not None and self.data.train is None:

@@ -37,6 +37,8 @@ class TextEncoderConfig:
             raise ValueError(f"dropout is {self.dropout}: give a probability from 0 to 1")
         if (self.pretrained is None) == (self.seed is None):
             raise ValueError(f"text encoder {self.name!r}: give either pretrained or seed")
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"seed is {self.seed}: give at least 0")
         if self.sha256 is not None and (self.pretrained is None or not re.fullmatch(r"[0-9a-f]{64}", self.sha256)):
             raise ValueError(f"sha256 is {self.sha256!r}: give 64 lower-case hexadecimal digits, beside pretrained")
         own, other = ("embed_dim", "vocab_size") if self.kind == "clip" else ("vocab_size", "embed_dim")

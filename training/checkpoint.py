@@ -146,6 +146,7 @@ class Checkpointer:
         if self.engine.rank == 0:
             try:
                 found = newest_verified(self.store)
+                self._retire_newer(found[0] if found else None)
             except DataError as caught:
                 error = str(caught)
         found, error = self.engine.from_rank0((found, error))
@@ -157,6 +158,15 @@ class Checkpointer:
         folder = fetch_tree(join(self.url, step_folder(step)))
         meta = manifest.meta
         return Snapshot(step=step, state=meta["state"], index=meta["index"], folder=folder, complaints=complaints)
+
+    def _retire_newer(self, step: int | None) -> None:
+        """Takes damaged commits after `step` out of the way of those that will be made again; their files stay."""
+        for damaged in list_commits(self.store):
+            if step is not None and damaged > step:
+                key = f"{step_folder(damaged)}/{MANIFEST}"
+                with self.store.open_range(key) as file:
+                    self.store.put_bytes(file.read(), f"{step_folder(damaged)}/damaged-{self.attempt}.json")
+                self.store.delete(key)
 
     # -- writing ----------------------------------------------------------------------------------------------------
     def _gather(self, groups: Groups) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, str]]]:

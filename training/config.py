@@ -16,6 +16,12 @@ from training.optim import OptimConfig
 from training.schedule import ScheduleConfig
 
 
+def _check_least(config: object, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise ValueError(f"{name} {getattr(config, name)} must be at least {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
     """Periodic grids in the run's `samples/` folder."""
@@ -25,6 +31,9 @@ class SamplesConfig:
     num_steps: int = 20  # sampler steps
     guidance_scale: float = 3.0  # 1.0 = no guidance
     seed: int = 0  # picture i starts from seed + i
+
+    def __post_init__(self) -> None:
+        _check_least(self, every_steps=1, num_steps=1, guidance_scale=0, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +45,9 @@ class DiTArchitecture:
     num_heads: int  # attention heads; width / num_heads is the head's width
     patch_size: int = 2  # latent pixels per side of a token
     max_grid: int = 64  # tokens per side up to which positions exist
+
+    def __post_init__(self) -> None:
+        _check_least(self, depth=1, width=1, num_heads=1, patch_size=1, max_grid=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +72,7 @@ class AutoencoderRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_least(self, statistics_images=1, sample_every_steps=1)
         _check_steps(self)
 
 
@@ -90,9 +103,7 @@ class DiTRecipe:
 
 
 def _check_steps(recipe: AutoencoderRecipe | DiTRecipe) -> None:
-    for name in ("total_steps", "log_every_steps"):
-        if getattr(recipe, name) < 1:
-            raise ValueError(f"{name} {getattr(recipe, name)} must be at least 1")
+    _check_least(recipe, total_steps=1, log_every_steps=1, seed=0)
     if recipe.checkpoint.every_steps % recipe.log_every_steps:
         raise ValueError(
             f"checkpoint.every_steps {recipe.checkpoint.every_steps} is not a multiple of log_every_steps "

@@ -34,11 +34,13 @@ class EngineConfig:
     max_grad_norm: float = 1.0  # global L2 norm at which gradients are clipped; 0 = no clipping
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size:
+        if min(self.micro_batch_size, self.global_batch_size) < 1 or self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size}; make it one"
             )
+        if self.max_grad_norm < 0:
+            raise ValueError(f"max_grad_norm {self.max_grad_norm} must not be negative; 0 is no clipping")
         if self.zero_stage == 0 and self.precision == "bfloat16":
             raise ValueError("zero_stage 0 keeps no fp32 master weights for bfloat16; use zero_stage 1, 2 or 3")
 

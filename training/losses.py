@@ -22,6 +22,9 @@ class AutoencoderLossConfig:
     max_adaptive_weight: float = 1e4  # clamp of λ
 
     def __post_init__(self) -> None:
+        for name in ("kl_weight", "perceptual_weight", "adversarial_weight", "disc_start_step", "max_adaptive_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if self.perceptual_weights and not self.perceptual_sha256:
             raise ValueError("perceptual_weights needs perceptual_sha256, or a damaged file would train in silence")
 

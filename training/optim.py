@@ -19,6 +19,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate {self.learning_rate} must be positive")
+        if self.weight_decay < 0 or self.eps <= 0:
+            raise ValueError(f"weight_decay {self.weight_decay} must be >= 0 and eps {self.eps} > 0")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must be in [0, 1)")
 
 
 def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

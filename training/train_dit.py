@@ -130,19 +130,26 @@ def load_frozen(recipe: DiTRecipe) -> Frozen:
 
 
 def dit_config_of(recipe: DiTRecipe, frozen: Frozen) -> DiTConfig:
-    """The transformer's sizes: the recipe's own and those that follow from the frozen networks."""
+    """The transformer's sizes: the recipe's own and those that follow from the frozen networks.
+
+    Raises:
+        TrainingError: they do not go together.
+    """
     grid = recipe.data.image_size // (frozen.autoencoder.config.downsampling * recipe.model.patch_size)
-    return DiTConfig(
-        latent_channels=frozen.autoencoder.config.latent_channels,
-        patch_size=recipe.model.patch_size,
-        depth=recipe.model.depth,
-        width=recipe.model.width,
-        num_heads=recipe.model.num_heads,
-        text_dim=frozen.conditioner.text_dim,
-        pooled_dim=frozen.conditioner.pooled_dim,
-        max_grid=recipe.model.max_grid,
-        base_grid=grid,
-    )
+    try:
+        return DiTConfig(
+            latent_channels=frozen.autoencoder.config.latent_channels,
+            patch_size=recipe.model.patch_size,
+            depth=recipe.model.depth,
+            width=recipe.model.width,
+            num_heads=recipe.model.num_heads,
+            text_dim=frozen.conditioner.text_dim,
+            pooled_dim=frozen.conditioner.pooled_dim,
+            max_grid=recipe.model.max_grid,
+            base_grid=grid,
+        )
+    except ValueError as error:
+        raise TrainingError(f"the recipe's model does not fit its data and frozen networks: {error}") from None
 
 
 def keep_frozen(frozen: Frozen, directory: Path, engine: Engine) -> None:
