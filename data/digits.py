@@ -38,10 +38,11 @@ SPLITS = ("train", "test", "combinations")
 _BACKGROUND = (0, 0, 0)
 _HELD_OUT_SHARE = 0.2  # of each class's digit images
 _TRAIN_SHARDS = 16
-_SINGLE = ("a {a}", "{a}", "only a {a}", "a single {a}")
-_PAIR = {
-    "horizontal": ("a {a} left of a {b}", "{a} left of {b}", "a {b} right of a {a}", "{b} right of {a}"),
-    "vertical": ("a {a} above a {b}", "{a} above {b}", "a {b} below a {a}", "{b} below {a}", "a {b} under a {a}"),
+_NUMERALS_SHARE = 0.2  # of the captions, which say "7" and not "seven"
+_SINGLE = ("a {a}", "one {a}", "only a {a}")
+_PAIR = {  # objects are named in reading order: told in either order, the demo would need twice the pictures
+    "horizontal": ("a {a} left of a {b}", "one {a} left of one {b}", "left a {a} right a {b}"),
+    "vertical": ("a {a} above a {b}", "one {a} above one {b}", "above a {a} below a {b}"),
 }
 
 
@@ -155,7 +156,7 @@ def _paint(picture: np.ndarray, mask: np.ndarray, colour: Any, box: Box, rng: np
 
 def _caption(layout: Layout, objects: list[dict[str, Any]], rng: np.random.Generator) -> str:
     """Says what is where, in one of several phrasings, each of which determines layout, digits, colours and places."""
-    as_word = rng.random() < 0.75  # "seven", or "7"
+    as_word = rng.random() >= _NUMERALS_SHARE
     names = [f"{o['colour']} {WORDS[o['digit']] if as_word else o['digit']}" for o in objects]
     phrasings = _SINGLE if layout == "single" else _PAIR[layout]
     return phrasings[rng.integers(len(phrasings))].format(a=names[0], b=names[-1])

@@ -11,7 +11,7 @@ from data.captions import choose_caption
 from data.decode import BadImage, decode_image
 from data.errors import DataError
 from data.object_store import join, open_store
-from data.shards import write_shards
+from data.shards import INDEX, write_shards
 from data.tar_scan import IMAGE_EXTENSIONS
 
 SKIPPED = "skipped.jsonl"
@@ -47,7 +47,8 @@ def pack(
         raise DataError(f'{captions}: no such file; give a JSONL with {{"file": …, "caption": …}} per line')
     if samples_per_shard < 1 or min_shards < 1:
         raise DataError(f"samples_per_shard={samples_per_shard}, min_shards={min_shards}: must be at least 1")
-    if open_store(out).exists(SKIPPED):
+    store = open_store(out)
+    if store.exists(SKIPPED) and not store.exists(INDEX):  # the list of something else
         raise DataError(f"{join(out, SKIPPED)}: exists already; choose another place or remove it")
     usable, skipped = _sort_out(folder, captions)
     if not usable:
@@ -57,7 +58,7 @@ def pack(
     index = write_shards(_samples(folder, usable), out, "shard", per_shard)
     if skipped:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in skipped)
-        open_store(out).put_bytes(lines.encode(), SKIPPED)
+        store.put_bytes(lines.encode(), SKIPPED)
         log.warning("%d of %d samples skipped: see %s", len(skipped), len(skipped) + len(usable), join(out, SKIPPED))
     return {
         "url": index.url,

@@ -165,6 +165,8 @@ def read_shard(index: Index, shard_no: int) -> Iterator[RawSample]:
     store, shard = open_store(index.url), index.shards[shard_no]
     place = join(index.url, shard.name)
     remedy = f"restore it, or delete {INDEX} and run `darkroom data index {index.url}`"
+    if not store.exists(shard.name):
+        raise DataError(f"{place}: no such file, though the index names it; {remedy}")
     size = store.size(shard.name)
     if size != shard.bytes:
         raise DataError(f"{place}: has {size} bytes, the index says {shard.bytes}; {remedy}")

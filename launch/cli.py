@@ -43,13 +43,17 @@ def main() -> NoReturn:
     try:
         app()
     except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if not isinstance(code, int):
-            raise
-        from launch.runtime import report_error
+        from launch.checks import unusable_place
+        from launch.runtime import other_rank_reported, report_error
 
-        report_error(error)
-        _leave(code)
+        mistake = unusable_place(error) or error
+        code = getattr(mistake, "exit_code", None)
+        if isinstance(code, int):
+            report_error(mistake)
+            _leave(code)
+        if other_rank_reported():
+            _leave(1)  # a lost connection: its traceback would hide that rank's line
+        raise
     except SystemExit as done:
         if done.code:
             raise
@@ -198,11 +202,14 @@ def train_dit(
 def _train(
     kind: str, recipe: str, overrides: list[str], nproc: int, run: str | None, dry_run: bool, quiet: bool
 ) -> None:
+    from launch.checks import check_local
     from launch.config_io import find_recipe, load_recipe
     from launch.runtime import become_single_rank, is_rank_process, ranks, spawn
 
     if nproc < 1:
         _refuse(f"--nproc {nproc} must be at least 1")
+    run_dir = run or f"runs/{Path(recipe).stem}"
+    check_local("--run", run_dir)
     find_recipe(recipe)  # a wrong name is said before torch is imported for the recipe's dataclasses
     _, config = load_recipe(recipe, overrides, {kind: _schema(kind)})
     if dry_run:
@@ -214,7 +221,6 @@ def _train(
         raise typer.Exit(spawn(nproc, [sys.executable, *sys.orig_argv[1:]]))
     if not is_rank_process():
         become_single_rank()
-    run_dir = run or f"runs/{Path(recipe).stem}"
     if kind == "autoencoder":
         from training import train_autoencoder as autoencoder_stage
 
@@ -251,10 +257,10 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Draw pictures for prompts."""
-    if steps < 1:
-        _refuse(f"--steps {steps} must be at least 1")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        _refuse(f"{out} is there already and nothing is overwritten; give another --out")
+    from launch.checks import check_new_folder, check_sampling
+
+    check_sampling(steps, guidance, seed)
+    check_new_folder("--out", out)
     from PIL import Image
 
     from eval.model_io import load_pipeline
@@ -312,6 +318,10 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a diffusers pipeline and prove that it draws the pictures our own sampler draws."""
+    from launch.checks import check_new_folder, check_sampling
+
+    check_sampling(steps, guidance)
+    check_new_folder("--out", out)
     from eval.model_io import load_pipeline
     from models.export import export_diffusers
 

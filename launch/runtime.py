@@ -99,6 +99,14 @@ def report_error(error: BaseException) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def other_rank_reported() -> bool:
+    """Has another rank of this run said why it ends? Then a lost connection here follows from that."""
+    folder = os.environ.get(ERROR_DIR_VARIABLE)
+    if not folder or not is_rank_process():
+        return False
+    return any(path.name != f"rank-{os.environ['RANK']}.txt" for path in Path(folder).glob("rank-*.txt"))
+
+
 class PreemptionFlag:
     """Turns SIGTERM and SIGUSR1 into a flag that the training loop asks between steps.
 

@@ -30,6 +30,11 @@ class DiscriminatorConfig:
                 " give a divisor, or 0 for no normalisation"
             )
 
+    @property
+    def smallest_image(self) -> int:
+        """Side in px of the smallest picture that leaves a logit."""
+        return 3 * 2**self.num_layers
+
 
 class Discriminator(nn.Module):
     """Strided 4x4 convolutions that give one logit per overlapping patch.
@@ -71,7 +76,7 @@ class Discriminator(nn.Module):
         Raises:
             ValueError: The pictures are too small for the number of layers.
         """
-        smallest = 3 * 2**self.config.num_layers
+        smallest = self.config.smallest_image
         if min(images.shape[-2:]) < smallest:
             raise ValueError(
                 f"pictures of {images.shape[-1]}x{images.shape[-2]} px are too small for a discriminator with"

@@ -155,9 +155,13 @@ class Checkpointer:
         if found is None:
             return None
         step, manifest, complaints = found
-        folder = fetch_tree(join(self.url, step_folder(step)))
-        meta = manifest.meta
-        return Snapshot(step=step, state=meta["state"], index=meta["index"], folder=folder, complaints=complaints)
+        state, index = manifest.meta.get("state"), manifest.meta.get("index")
+        place = join(self.url, step_folder(step))
+        if not isinstance(state, dict) or not isinstance(index, dict):
+            raise TrainingError(
+                f"{join(place, MANIFEST)} holds no training state; restore it, or move {place} away to resume before it"
+            )
+        return Snapshot(step=step, state=state, index=index, folder=fetch_tree(place), complaints=complaints)
 
     def _retire_newer(self, step: int | None) -> None:
         """Takes damaged commits after `step` out of the way of those that will be made again; their files stay."""

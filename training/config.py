@@ -74,6 +74,14 @@ class AutoencoderRecipe:
     def __post_init__(self) -> None:
         _check_least(self, statistics_images=1, sample_every_steps=1)
         _check_steps(self)
+        size, factor = self.data.image_size, self.model.downsampling
+        if size % factor:
+            raise ValueError(f"data.image_size {size} is not a multiple of {factor}, the model's downsampling")
+        if size < self.discriminator.smallest_image:
+            raise ValueError(
+                f"discriminator.num_layers {self.discriminator.num_layers} needs pictures of "
+                f"{self.discriminator.smallest_image} px, data.image_size is {size}; lower num_layers"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,10 @@ def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) ->
     path = directory / "run.yaml"
     resolved = {"kind": kind, **to_dict(recipe)}
     if path.exists():
-        refuse_other_recipe(read_yaml(path)["recipe"], resolved, directory)
+        old = read_yaml(path).get("recipe")
+        if not isinstance(old, dict):
+            raise TrainingError(f"{path} holds no recipe; restore it, or give another --run")
+        refuse_other_recipe(old, resolved, directory)
     elif ranks.rank == 0:
         if directory.exists() and any(directory.iterdir()):
             raise TrainingError(f"{directory} exists but is no run (no run.yaml); choose another --run or empty it")
@@ -50,14 +53,10 @@ def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) ->
 
 def refuse_other_recipe(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
     """Names the first field that makes `new` a different run."""
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() | new.keys(), key=lambda name: (name != "kind", name)):
         if key in CHANGEABLE:
             continue
-        left: Any = old.get(key)
-        right: Any = new.get(key)
-        for inner in CHANGEABLE_NESTED.get(key, ()):
-            left = {name: value for name, value in left.items() if name != inner}
-            right = {name: value for name, value in right.items() if name != inner}
+        left, right = _without_changeable(key, old.get(key)), _without_changeable(key, new.get(key))
         if left != right:
             name, was, now = _first_difference(key, left, right)
             raise TrainingError(
@@ -66,7 +65,15 @@ def refuse_other_recipe(old: dict[str, Any], new: dict[str, Any], directory: Pat
             )
 
 
+def _without_changeable(key: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: inner for name, inner in value.items() if name not in CHANGEABLE_NESTED.get(key, ())}
+
+
 def _first_difference(path: str, left: Any, right: Any) -> tuple[str, Any, Any]:
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        left, right = dict(enumerate(left)), dict(enumerate(right))
     if isinstance(left, dict) and isinstance(right, dict):
         for key in sorted(left.keys() | right.keys()):
             if left.get(key) != right.get(key):
@@ -132,7 +139,6 @@ class Run:
         self._wait_s = 0.0
         self._images = 0
         self._bad = 0  # on this rank, since the last row
-        self._last_bad: dict[str, Any] = {}
         self._stamp: dict[str, Any] | None = None  # what the order of the data depends on
 
     # -- resume -----------------------------------------------------------------------------------------------------
@@ -256,7 +262,6 @@ class Run:
             for record in batch.bad:
                 file.write(json.dumps({"step": self.counters.step, **record}) + "\n")
         self._bad += len(batch.bad)
-        self._last_bad = batch.bad[-1]
 
     def _refuse_worthless(self, step: int, loss: float) -> None:
         """Stops a run that learns nothing any more: a loss that is not finite, or too many bad samples."""
@@ -267,11 +272,10 @@ class Run:
             )
         allowed = self.recipe.data.max_bad_fraction * max(self.counters.images_seen, 1000)
         if self.counters.bad_samples > allowed:
-            last = f"; the last on this rank: {self._last_bad}" if self._last_bad else ""
             raise TrainingError(
                 f"{self.counters.bad_samples} of {self.counters.images_seen} samples could not be used, more than "
-                f"data.max_bad_fraction {self.recipe.data.max_bad_fraction}; see "
-                f"{self.directory}/bad_samples-*.jsonl{last}"
+                f"data.max_bad_fraction {self.recipe.data.max_bad_fraction}; {self.directory}/bad_samples-*.jsonl "
+                "names them and why: mend the data, or raise the fraction"
             )
 
     def _sum_over_ranks(self, value: float) -> float:

@@ -64,16 +64,12 @@ def test_pictures_show_what_the_json_says(digits: str) -> None:
 
 def expected(caption: str) -> tuple[str, list[tuple[int, str]]]:
     """Reads a caption as a person would: layout, and (digit, colour) in reading order."""
-    words = [word for word in caption.split() if word not in ("a", "only", "single", "of")]
-    things = [
-        (int(d) if d.isdigit() else WORDS.index(d), c) for c, d in zip(words, words[1:], strict=False) if c in COLOURS
-    ]
-    relation = [word for word in words if word in ("left", "right", "above", "below", "under")]
-    if not relation:
-        return "single", things
-    if relation[0] in ("right", "below", "under"):
-        things.reverse()
-    return ("horizontal" if relation[0] in ("left", "right") else "vertical"), things
+    words = caption.split()
+    pairs = [(colour, digit) for colour, digit in zip(words, words[1:], strict=False) if colour in COLOURS]
+    things = [(int(digit) if digit.isdigit() else WORDS.index(digit), colour) for colour, digit in pairs]
+    if "left" in words:
+        return "horizontal", things
+    return ("vertical" if "above" in words else "single"), things
 
 
 def test_captions_determine_the_picture_in_few_tokens(digits: str) -> None:
@@ -105,6 +101,9 @@ def test_a_second_call_finds_its_work_and_another_is_refused(digits: str, tmp_pa
         write_digits(str(tmp_path), **numbers)
     with pytest.raises(DataError, match="num_train=3: at least 16"):
         write_digits(str(tmp_path / "new"), num_train=3)
+    with pytest.raises(DataError, match="seed=-1"):
+        write_digits(str(tmp_path / "new"), seed=-1)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture
@@ -154,6 +153,7 @@ def test_pack(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         ('{"caption": "x"}', 'line 1: has no "file"'),
         ('{"file": "0.png", "caption": "x"}\n{"file": "0.png", "caption": "y"}', "line 2: '0.png' is there twice"),
         ('{"file": "none.png", "caption": "x"}', "no line can be used"),
+        ('{"file": "a\\u0000.png", "caption": "x"}', "no line can be used"),
         ("", "the file is empty"),
     ],
 )
@@ -162,3 +162,13 @@ def test_pack_refuses_bad_lists(folder: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         pack(str(folder / "images"), str(folder / "captions.jsonl"), str(folder / "out"))
     assert not (folder / "out").exists()
+
+
+def test_pack_leaves_another_list_of_skipped_files_alone(folder: Path) -> None:
+    captions = jsonl(
+        folder / "captions.jsonl", [{"file": "0.png", "caption": "x"}, {"file": "none.png", "caption": "x"}]
+    )
+    (folder / "images" / "skipped.jsonl").write_text("mine")
+    with pytest.raises(DataError, match="skipped.jsonl: exists already"):
+        pack(str(folder / "images"), captions, str(folder / "images"))
+    assert (folder / "images" / "skipped.jsonl").read_text() == "mine"

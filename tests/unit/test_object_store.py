@@ -119,6 +119,11 @@ def test_s3_errors_name_the_bucket_and_no_secret(bucket: str, monkeypatch: pytes
     with pytest.raises(DataError, match="AWS_ENDPOINT_URL") as caught:
         open_store(f"s3://{bucket}/x").list()
     assert "canary" not in str(caught.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "canary, no address")
+    with pytest.raises(DataError, match="AWS_ENDPOINT_URL is no address") as caught:
+        open_store(f"s3://{bucket}/x").list()
+    assert "canary" not in str(caught.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(DataError, match="NoCredentialsError"):
         open_store(f"s3://{bucket}/x").list()
@@ -189,7 +194,7 @@ def test_shards_are_written_checked_and_read_on_s3(bucket: str, workers: int) ->
     batches = list(islice(loader, 2))
     assert sorted(caption for batch in batches for caption in batch.captions) == [f"caption {n}" for n in range(8)]
     open_store(url).delete("s-000001.tar")
-    with pytest.raises(DataError, match=f"{url}/s-000001.tar: no such object"):
+    with pytest.raises(DataError, match=f"{url}/s-000001.tar: no such file, though the index"):
         list(islice(loader, 2))
 
 

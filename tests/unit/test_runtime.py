@@ -72,6 +72,24 @@ def test_the_same_mistake_of_all_ranks_is_said_once(capfd: pytest.CaptureFixture
     assert capfd.readouterr().err == "error: steps is wrong\n"
 
 
+def test_a_connection_lost_to_a_rank_that_reported_shows_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    body = (
+        "from launch import cli\n"
+        "from launch.errors import ConfigError\n"
+        "from launch.runtime import other_rank_reported\n"
+        "def app():\n"
+        "    if RANK == 1:\n"
+        "        raise ConfigError('the shard is missing')\n"
+        "    while not other_rank_reported():\n"
+        "        time.sleep(0.01)\n"
+        "    raise RuntimeError('connection reset by peer')\n"
+        "cli.app = app\n"
+        "cli.main()"
+    )
+    assert spawn(2, rank_program(body), {**os.environ, "PYTHONPATH": str(ROOT)}) == 2
+    assert capfd.readouterr().err == "error: the shard is missing\n"
+
+
 def test_a_failing_rank_ends_the_others_and_its_code_is_returned(capfd: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
     body = "sys.exit(7) if RANK == 1 else signal.pause()"

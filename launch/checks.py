@@ -1,0 +1,44 @@
+"""What the command line can refuse before it imports or computes anything."""
+
+import errno
+import math
+from pathlib import Path
+
+from launch.errors import ConfigError
+
+# What the operating system says of a path that the user gave, or of a full disk: no bug.
+_UNUSABLE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG
+}  # fmt: skip
+SEEDS = 2**63  # what torch's generators take
+
+
+def unusable_place(error: Exception) -> ConfigError | None:
+    """The user's mistake behind an error of the operating system, or None if it may be a bug."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _UNUSABLE:
+        return None
+    return ConfigError(f"{error.filename}: {error.strerror}; check the path, the rights and the free space")
+
+
+def check_sampling(steps: int, guidance: float, seed: int = 0) -> None:
+    """Refuses options that no picture can be drawn with."""
+    if steps < 1:
+        raise ConfigError(f"--steps {steps} must be at least 1")
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise ConfigError(f"--guidance {guidance} must be a finite number, at least 0; 1 is none")
+    if not 0 <= seed < SEEDS // 2:
+        raise ConfigError(f"--seed {seed} must be from 0 to {SEEDS // 2 - 1}")
+
+
+def check_local(option: str, path: str | Path) -> None:
+    """Refuses an address where only a folder of this machine will do."""
+    if "://" in str(path) or str(path).startswith("s3:/"):  # a Path folds the slashes
+        raise ConfigError(f"{option} {path} must be a local folder")
+
+
+def check_new_folder(option: str, path: str | Path) -> None:
+    """Refuses a place that holds something, and one that is not on this machine."""
+    check_local(option, path)
+    place = Path(path)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{path} is there already and nothing is overwritten; give another {option}")

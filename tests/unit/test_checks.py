@@ -1,0 +1,43 @@
+"""launch.checks: what is refused before anything is imported or computed."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from launch.checks import check_new_folder, check_sampling, unusable_place
+from launch.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("steps", "guidance", "seed", "message"),
+    [
+        (0, 4.0, 0, "--steps 0"),
+        (1, -1.0, 0, "--guidance -1.0"),
+        (1, float("nan"), 0, "--guidance nan"),
+        (1, 4.0, -1, "--seed -1"),
+        (1, 4.0, 10**30, "--seed 1000"),
+    ],
+)
+def test_sampling_options(steps: int, guidance: float, seed: int, message: str) -> None:
+    check_sampling(1, 0.0, 0)
+    with pytest.raises(ConfigError, match=message):
+        check_sampling(steps, guidance, seed)
+
+
+def test_a_new_folder_is_new_and_local(tmp_path: Path) -> None:
+    check_new_folder("--out", tmp_path / "new")
+    check_new_folder("--out", tmp_path)  # empty
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file", "s3://bucket/x", Path("s3://bucket/x")):
+        with pytest.raises(ConfigError, match="--out"):
+            check_new_folder("--out", place)
+
+
+def test_a_place_that_cannot_be_used_is_no_bug() -> None:
+    mistake = unusable_place(OSError(errno.ENOSPC, "No space left on device", "/data/x"))
+    assert mistake is not None and mistake.exit_code == 2
+    assert str(mistake).startswith("/data/x: No space left on device;")
+    assert unusable_place(OSError(errno.ENOSPC, "No space left on device")) is None  # of no path: perhaps a bug
+    assert unusable_place(FileNotFoundError(errno.ENOENT, "No such file", "/data/x")) is None
+    assert unusable_place(RuntimeError("x")) is None
