@@ -238,7 +238,10 @@ def _find_clip(pretrained: str) -> tuple[dict[str, Any], Path]:
         path = folder / _OPEN_CLIP_CONFIG
         if not path.is_file():
             raise ModelError(f"{path} is missing: give a folder with {_OPEN_CLIP_CONFIG} and {_OPEN_CLIP_WEIGHTS}")
-        return json.loads(path.read_text(encoding="utf-8"))["model_cfg"], folder / _OPEN_CLIP_WEIGHTS
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["model_cfg"], folder / _OPEN_CLIP_WEIGHTS
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{path} is no open_clip configuration: copy the folder again") from error
     model, _, tag = pretrained.partition(":")
     model_config = open_clip.get_model_config(model)
     if model_config is None or not tag:
@@ -328,7 +331,13 @@ def _pretrained_t5(config: TextEncoderConfig) -> TextEncoder:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ModelError(f"{folder} holds no *.safetensors: convert the weights to safetensors first")
-    library = T5Config.from_pretrained(folder, local_files_only=True)
+    try:
+        library = T5Config.from_pretrained(folder, local_files_only=True)
+        tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers trips over in a folder that was copied in part
+        raise ModelError(
+            f"{folder} holds no readable T5 configuration and tokenizer ({type(error).__name__}): copy the folder again"
+        ) from error
     if library.model_type != "t5":
         raise ModelError(f"{config.pretrained} is a {library.model_type!r}: give a T5")
     fields = {name: getattr(library, name) for name in T5Architecture.__dataclass_fields__}
@@ -337,7 +346,6 @@ def _pretrained_t5(config: TextEncoderConfig) -> TextEncoder:
         for name, tensor in read_weights(weights, config.sha256).items()
         if name.startswith(("shared.", "encoder.")) and name != T5_ALIAS
     }
-    tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
     return _t5_encoder(config, T5Architecture(**fields), tensors, _tokenizer_files(tokenizer))
 
 

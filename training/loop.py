@@ -33,6 +33,22 @@ CHANGEABLE = {"total_steps", "log_every_steps", "sample_every_steps", "samples",
 CHANGEABLE_NESTED = {"engine": {"zero_stage"}, "data": {"num_workers", "shards", "max_bad_fraction"}}
 
 
+def check_data(recipe: AutoencoderRecipe | DiTRecipe, engine: Engine) -> None:
+    """Refuses data that this recipe cannot be trained on, before there is a run directory that would hold it to that.
+
+    Raises:
+        DataError: no index, or its shards do not go together with streams, ranks and workers.
+    """
+    build_loader(
+        recipe.data,
+        seed=recipe.seed,
+        micro_batch_size=recipe.engine.micro_batch_size,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        first_micro_batch=0,
+    )
+
+
 def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) -> None:
     """Makes the run directory and `run.yaml`, or checks that this recipe is the one the run was started with."""
     path = directory / "run.yaml"

@@ -1,5 +1,6 @@
 """What a run says of itself: `metrics.jsonl` always, TensorBoard through accelerate's tracker, a progress line."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -65,8 +66,9 @@ class Metrics:
         """Appends one row; a restart appends again, and readers keep the last row of a step."""
         if self.rank != 0:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.path.open("ab+") as file:
+            torn = file.tell() > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
+            file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
         if self._tracker is not None:
             scalars = {key: value for key, value in row.items() if isinstance(value, int | float)}
             self._tracker.log(scalars, step=row["step"])
@@ -99,6 +101,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of `metrics.jsonl` in step order, the last written of each step."""
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        rows[row["step"]] = row
+        with contextlib.suppress(ValueError):  # a line that a kill cut short; its step was taken again
+            row = json.loads(line)
+            rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]

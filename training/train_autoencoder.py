@@ -23,7 +23,7 @@ from training.diffusion_step import posterior_noise
 from training.ema import EMA
 from training.engine import Engine, Replica
 from training.hooks import write_grid
-from training.loop import Run, open_run_directory
+from training.loop import Run, check_data, open_run_directory
 from training.losses import psnr_db
 from training.schedule import learning_rate
 
@@ -37,7 +37,9 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     """
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
-    load_index(recipe.data.shards)  # a wrong path must not leave a run directory behind
+    check_data(recipe, engine)
+    if recipe.validation_shards:
+        load_index(recipe.validation_shards)
     perceptual = _perceptual(recipe, process)
     open_run_directory(directory, recipe, "autoencoder", process)
 

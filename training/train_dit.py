@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.object_store import fetch_tree
-from data.shards import load_index
 from launch.runtime import ranks
 from models.artifact import config_to_dict
 from models.autoencoder import load_autoencoder, save_autoencoder
@@ -18,7 +17,7 @@ from training.ema import EMA
 from training.engine import Engine
 from training.errors import TrainingError
 from training.hooks import sample_grid
-from training.loop import Run, open_run_directory
+from training.loop import Run, check_data, open_run_directory
 from training.schedule import learning_rate
 
 
@@ -31,11 +30,11 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     """
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
-    load_index(recipe.data.shards)  # a wrong path must not leave a run directory behind
+    check_data(recipe, engine)
     frozen = load_frozen(recipe)
+    dit_config = dit_config_of(recipe, frozen)
     open_run_directory(directory, recipe, "dit", process)
 
-    dit_config = dit_config_of(recipe, frozen)
     dit = DiT(dit_config)
     dit.init_weights(recipe.seed)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
