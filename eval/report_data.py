@@ -93,7 +93,7 @@ def _read_run(folder: Path) -> RunFacts:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows by step; a line that a killed process left half-written at the end is passed over."""
+    """Rows by step; a line that a kill cut short is passed over (a resume goes on below it)."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -103,7 +103,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             rows[int(row["step"])] = row
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):
+            if line.endswith("}"):
                 raise EvalError(f"{path}, line {number}: no row of metrics; repair or remove that line") from None
     return [rows[step] for step in sorted(rows)]
 

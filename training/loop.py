@@ -169,6 +169,15 @@ class Run:
         self.counters = Counters(**snapshot.state["counters"])
         self._stamp = snapshot.state["data"]
         self.metrics.say(f"resuming {self.directory} at step {self.counters.step}")
+        self._set_artifact_aside()
+
+    def _set_artifact_aside(self) -> None:
+        """A finished run that is trained further keeps its artifact under the step at which it was made."""
+        artifact = self.directory / "artifact"
+        if self.engine.rank == 0 and artifact.exists() and self.counters.step < self.recipe.total_steps:
+            kept = artifact.with_name(f"artifact-step-{self.counters.step:08d}")
+            artifact.rename(kept)
+            self.metrics.say(f"{artifact} was finished before; it is kept as {kept}")
 
     def open_loader(self) -> Iterator[Batch]:
         """This rank's micro-batches, from the first that was not consumed; other data than before is refused."""
