@@ -8,6 +8,7 @@ are loaded by name before the engine shards them, (4) fp32 masters, moments and 
 import json
 import math
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -100,8 +101,10 @@ def _first_difference(path: str, left: Any, right: Any) -> tuple[str, Any, Any]:
 def provenance() -> dict[str, Any]:
     """Versions and the git commit, for `run.yaml`."""
     packages = ("torch", "deepspeed", "accelerate", "webdataset", "transformers", "open-clip-torch", "safetensors")
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    commit = ""
+    if git := shutil.which("git"):
+        command = [git, "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "commit": commit or "unknown",
         "python": platform.python_version(),
