@@ -103,7 +103,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             rows[int(row["step"])] = row
         except (ValueError, KeyError, TypeError):
-            if line.endswith("}"):
+            if not line.startswith("{") or line.endswith("}"):
                 raise EvalError(f"{path}, line {number}: no row of metrics; repair or remove that line") from None
     return [rows[step] for step in sorted(rows)]
 

@@ -17,7 +17,7 @@ from eval.prompt_following import Scores, Shown, judge, score, shown_by_meta, ta
 from models.errors import ModelError
 
 NAMES = tuple(COLOURS)
-SMALL = ReaderConfig(num_pictures=1024, epochs=4, batch_size=32)
+SMALL = ReaderConfig(num_pictures=1024, epochs=8, batch_size=32)
 
 
 def fitted(root: Path, config: ReaderConfig) -> tuple[DigitReader, float, HeldOut]:
