@@ -43,7 +43,7 @@ test: install
 	$(PYTEST) -m "not all" $(ARGS)
 
 test-all: install
-	$(PYTEST) -m all $(ARGS)
+	$(PYTEST) -o faulthandler_timeout=2400 -m all $(ARGS)
 
 check: install
 	$(BIN)/ruff check .
