@@ -54,7 +54,6 @@ def test_psnr_of_a_known_error():
 def test_masked_samples_do_not_move_the_reconstruction():
     images = torch.rand(2, 3, 4, 4)
     decoded = images.clone().requires_grad_()
-    reconstruction_loss("l2", decoded + torch.tensor([0.0, 5.0])[:, None, None, None], images, torch.tensor([1.0, 0.0]))
     loss = reconstruction_loss("l1", decoded + 1, images, torch.tensor([1.0, 0.0]))
     loss.backward()
     assert loss.item() == pytest.approx(0.5)
