@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(shell sed -n 's/^uv==/uv==/p' requirements.lock)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-SOURCES := training data models launch eval tests
+SOURCES := training data models launch eval tests benchmarks
 
 .PHONY: help install demo test test-all check fix clean
 

@@ -3,71 +3,128 @@
 import logging
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.captions import choose_caption
-from data.decode import BadImage, decode_image
+from data.buckets import BucketConfig, make_buckets
+from data.captions import CaptionConfig, choose_caption, choose_index
+from data.decode import BadImage
+from data.encoded import EncodedBatch, EncodedSample, Encoding, collate, cut_box, unpack_sample
 from data.errors import DataError
+from data.filters import FilterRule
+from data.index import load_index
 from data.object_store import join
-from data.shards import Index, RawSample, load_index, read_shard
+from data.shard_reader import RawSample, read_shard
 from data.streams import (
     ALGORITHM_VERSION,
+    Cursor,
     Order,
-    SampleRef,
-    block_shards,
+    Position,
     check_workers,
+    micro_batches_behind,
     micro_batches_of,
-    stream_micro_batches,
+    window_shares,
 )
-from data.transforms import Crop, to_square
+from data.transforms import Crop, Picture, load_picture, to_float
+from data.windows import DataSet, Item, MicroBatch, StreamReader, WindowConfig
 
 log = logging.getLogger(__name__)
+_MAX_READERS = 8  # shards that a worker reads at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """One data set of several."""
+
+    shards: str  # address of the data set
+    weight: float = 1.0  # its share of the samples, relative to the others' weights
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight={self.weight}: must be above 0; leave the data set out instead")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """What a run reads and how."""
 
-    shards: str  # address of the data set
-    image_size: int  # px, side of the square training image
+    shards: str | None = None  # address of the data set, unless mix names several
+    mix: tuple[MixConfig, ...] = ()  # data sets, each with epochs of its own. Changes the order
+    image_size: int  # px, side of the square training image, or of the square whose area a bucket keeps
+    buckets: BucketConfig | None = None  # several shapes instead of one square. Changes the order
+    captions: CaptionConfig = CaptionConfig()  # which of a sample's captions
+    filters: tuple[FilterRule, ...] = ()  # samples must pass all of them. Changes the order
     num_workers: int = 0  # reader processes per rank; 0 = the rank's own process. Does not change the order
     num_streams: int = 8  # logical streams; ranks x workers must divide it. Changes the order
-    shuffle_block_shards: int = 4  # shards shuffled together, and held in memory per stream. Changes the order
-    crop: Literal["centre", "random"] = "centre"  # which square of a picture that is not one
+    shuffle_block_shards: int = 4  # shards shuffled together. Changes the order
+    shuffle_chunk_samples: int = 512  # samples of each of them that are shuffled at a time. Changes the order
+    window_micro_batches: int = 64  # over which buckets and mixes come out even. Changes the order
+    crop: Crop = "centre"  # which part of a picture that has another shape
     max_bad_fraction: float = 0.01  # share of unusable samples above which training stops, [0, 1]
 
     def __post_init__(self) -> None:
-        for name, least in (("image_size", 1), ("num_workers", 0), ("num_streams", 1), ("shuffle_block_shards", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        least = {"image_size": 1, "num_workers": 0, "num_streams": 1, "shuffle_block_shards": 1}
+        for name, value in {**least, "shuffle_chunk_samples": 1, "window_micro_batches": 1}.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {value}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: is a share; give a number from 0 to 1")
+        if (self.shards is None) == (not self.mix):
+            raise ValueError("give either shards, the address of the data set, or mix, a list of several")
+        make_buckets(self.image_size, self.buckets)
+
+    @property
+    def sources(self) -> tuple[MixConfig, ...]:
+        """The data sets, one or several."""
+        return self.mix or (MixConfig(shards=self.shards or ""),)
 
 
 @dataclass(kw_only=True)
 class Batch:
-    """One micro-batch. A bad sample keeps its place: weight 0, a grey image, an empty caption, a line in `bad`."""
+    """One micro-batch of one shape: pictures, or what `darkroom encode` made of them.
 
-    images: torch.Tensor  # (B, 3, H, W) float32 in [-1, 1]
+    A bad sample keeps its place: weight 0, a grey image, an empty caption, a line in `bad`.
+    """
+
+    pixels: Tensor  # (B, 3, H, W) uint8; (B, 3, 0, 0) if encoded
+    encoded: EncodedBatch | None = None
     captions: list[str]
     keys: list[str]
-    sample_numbers: torch.Tensor  # (B,) int64: run-wide number of each sample, the key of all its randomness
-    weights: torch.Tensor  # (B,) float32: 1, or 0 for a masked sample
+    sample_numbers: Tensor  # (B,) int64: run-wide number of each sample, the key of all its randomness
+    weights: Tensor  # (B,) float32: 1, or 0 for a masked sample
+    sizes: Tensor  # (B, 2) int32: width and height of the original as displayed, px
+    crops: Tensor  # (B, 4) int32: left, top, right, bottom of what is kept of it, px
     bad: list[dict[str, Any]]  # {"key", "shard", "sample_number", "reason"} of each masked sample
     metas: list[dict[str, Any]]  # the sample's JSON, or {}
+    visits: Tensor  # (B,) int64: data set, epoch and sample, see data.streams.unpack_visits
+    filtered: Tensor  # (F,) int64: visits that a filter refused since the stream's last micro-batch
+    filtered_by: dict[str, int] = field(default_factory=dict)  # rule: how many of them
+    stream: int
+    positions: tuple[Position, ...]  # of the stream's window once this batch is behind; for the cursor
+
+    def images(self, device: torch.device | str = "cpu") -> Tensor:
+        """The pictures on a device, (B, 3, H, W) float32 in [-1, 1]; they travel as bytes."""
+        return to_float(self.pixels.to(device, non_blocking=True))
 
 
 class Loader:
-    """An endless iterable of one rank's micro-batches. Iterating again starts at the same place."""
+    """An endless iterable of one rank's micro-batches. Iterating again starts at the same place.
+
+    Attributes:
+        stamp: What the order depends on, for a checkpoint; see check_stamp.
+        indexes: Of the data sets.
+    """
 
     def __init__(self, dataset: "_MicroBatches", stamp: dict[str, Any]) -> None:
         self._dataset = dataset
-        self.stamp = stamp  # what the order depends on, for a checkpoint; see check_stamp
-        self.index = dataset.index
+        self.stamp = stamp
+        self.indexes = tuple(data_set.index for data_set in dataset.sets)
 
     def __iter__(self) -> Iterator[Batch]:
         num_workers = self._dataset.config.num_workers
@@ -80,35 +137,83 @@ class Loader:
 
 
 def build_loader(
-    config: LoaderConfig, *, seed: int, micro_batch_size: int, rank: int, world_size: int, first_micro_batch: int
+    config: LoaderConfig,
+    *,
+    seed: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    cursor: Cursor | None = None,
 ) -> Loader:
-    """Opens the data set and returns this rank's micro-batches, from the run's micro-batch `first_micro_batch` on.
+    """Opens the data sets and returns this rank's micro-batches, from the cursor on (default: from the start).
 
     Micro-batch g goes to rank g mod world_size and holds the sample numbers g * micro_batch_size + j. A resume passes
-    the run-wide number of micro-batches consumed, and may do so with another number of ranks or workers.
+    the cursor of what all ranks consumed, and may do so with another number of ranks or workers.
 
     Raises:
-        DataError: no index, ranks x workers do not divide the streams, too few shards, or a first micro-batch that the
-            ranks do not divide. While iterating: a shard that is missing or not as indexed.
+        DataError: no index, ranks x workers do not divide the streams, too few samples, or a first micro-batch that
+            the ranks do not divide. While iterating: a shard that is missing or not as indexed.
     """
-    index = load_index(config.shards)
+    cursor = cursor or Cursor()
+    check_workers(config.num_streams, world_size, config.num_workers)
+    next(micro_batches_of(cursor.micro_batches, rank, world_size))  # refuses a bad start here, not in a worker
+    sets = tuple(_open(config, number, seed) for number in range(len(config.sources)))
+    _check_encodings(sets)
+    one_shape = len(sets) == 1 and config.buckets is None and sets[0].encoding is None
+    window = WindowConfig(
+        seed=seed,
+        micro_batch_size=micro_batch_size,
+        micro_batches=1 if one_shape else config.window_micro_batches,  # nothing has to come out even
+        buckets=make_buckets(config.image_size, config.buckets),
+        filters=config.filters,
+    )
+    window_shares([data_set.weight for data_set in sets], window.micro_batches, 0, 0, config.num_streams)
+    dataset = _MicroBatches(config, sets, window, rank, world_size, cursor)
+    return Loader(dataset, order_stamp(config, sets, window))
+
+
+def _open(config: LoaderConfig, number: int, seed: int) -> DataSet:
+    source = config.sources[number]
+    index = load_index(source.shards)
     order = Order(
         seed=seed,
         shard_samples=tuple(shard.samples for shard in index.shards),
         num_streams=config.num_streams,
         shuffle_block_shards=config.shuffle_block_shards,
-        micro_batch_size=micro_batch_size,
+        shuffle_chunk_samples=config.shuffle_chunk_samples,
+        set_number=number,
     )
-    check_workers(config.num_streams, world_size, config.num_workers)
-    next(micro_batches_of(first_micro_batch, rank, world_size))  # refuses a bad start here, not in a worker
-    dataset = _MicroBatches(config, index, order, rank, world_size, first_micro_batch)
-    return Loader(dataset, order_stamp(order, index))
+    encoding = None if index.encoding is None else Encoding.from_dict(index.encoding, source.shards)
+    return DataSet(index=index, order=order, weight=source.weight, encoding=encoding)
 
 
-def order_stamp(order: Order, index: Index) -> dict[str, Any]:
-    """Returns all that decides which sample has which number, to be kept with the count of micro-batches consumed."""
-    fields = {name: value for name, value in asdict(order).items() if name != "shard_samples"}
-    return {"algorithm_version": ALGORITHM_VERSION, "dataset_fingerprint": index.fingerprint, **fields}
+def _check_encodings(sets: tuple[DataSet, ...]) -> None:
+    """Encoded sets share micro-batches, so they must have been made alike."""
+    encoded = [(data_set.index.url, data_set.encoding) for data_set in sets if data_set.encoding is not None]
+    for url, encoding in encoded:
+        for item in fields(encoding):
+            one, other = getattr(encoded[0][1], item.name), getattr(encoding, item.name)
+            if item.name not in ("source", "sizes", "settings") and one != other:
+                raise DataError(
+                    f"{url} and {encoded[0][0]} were encoded with different {item.name} ({other!r}, {one!r}); "
+                    "encode them alike"
+                )
+
+
+def order_stamp(config: LoaderConfig, sets: tuple[DataSet, ...], window: WindowConfig) -> dict[str, Any]:
+    """Returns all that decides which sample has which number, to be kept with the cursor; plain JSON values."""
+    return {
+        "algorithm_version": ALGORITHM_VERSION,
+        "data_sets": [[data_set.index.fingerprint, data_set.weight] for data_set in sets],
+        "seed": window.seed,
+        "micro_batch_size": window.micro_batch_size,
+        "num_streams": config.num_streams,
+        "shuffle_block_shards": config.shuffle_block_shards,
+        "shuffle_chunk_samples": config.shuffle_chunk_samples,
+        "window_micro_batches": window.micro_batches,
+        "buckets": [list(size) for size in window.buckets],
+        "filters": [asdict(rule) | {"one_of": list(rule.one_of)} for rule in window.filters],
+    }
 
 
 def check_stamp(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -141,32 +246,32 @@ def iterate_once(
         DataError: no index, or a shard that is missing or not as indexed.
     """
     index = load_index(shards)
+    if index.encoding is not None:
+        raise DataError(f"{shards}: holds encoded samples, no pictures; give the data set that they were made of")
     left = index.num_samples if limit is None else limit
     for number, shard in enumerate(index.shards):
         if left <= 0:
             return
         for sample in read_shard(index, number):
             try:
-                image, caption = _prepare(sample, image_size)
+                caption = _caption(sample, CaptionConfig())
+                picture = load_picture(bytes(sample.image), image_size, image_size)
             except BadImage as error:
                 log.warning("%s: sample %r skipped: %s", join(index.url, shard.name), sample.key, error)
                 continue
-            yield sample.key, image, caption, sample.meta
+            yield sample.key, to_float(picture.pixels), caption, sample.meta
             left -= 1
             if left <= 0:
                 return
 
 
-def _prepare(
-    sample: RawSample, image_size: int, crop: Crop = "centre", seed: int = 0, sample_number: int | None = None
-) -> tuple[torch.Tensor, str]:
+def _caption(sample: RawSample, config: CaptionConfig, seed: int = 0, sample_number: int | None = None) -> str:
     if sample.problem:
         raise BadImage(sample.problem)
-    caption = choose_caption(sample.text, sample.meta, seed, sample_number)
+    caption = choose_caption(sample.text, sample.meta, seed, sample_number, config)
     if not caption:
         raise BadImage("empty caption")
-    picture = decode_image(sample.image, min_side=image_size)
-    return to_square(picture, image_size, crop, seed, sample_number or 0), caption
+    return caption
 
 
 def _ignore_signals(_worker: int) -> None:
@@ -179,66 +284,104 @@ class _MicroBatches(IterableDataset["Batch | str"]):
     """What runs in a worker."""
 
     def __init__(
-        self, config: LoaderConfig, index: Index, order: Order, rank: int, world_size: int, first_micro_batch: int
+        self,
+        config: LoaderConfig,
+        sets: tuple[DataSet, ...],
+        window: WindowConfig,
+        rank: int,
+        world_size: int,
+        cursor: Cursor,
     ) -> None:
-        self.config, self.index, self.order = config, index, order
-        self.rank, self.world_size, self.first = rank, world_size, first_micro_batch
+        self.config, self.sets, self.window = config, sets, window
+        self.rank, self.world_size, self.cursor = rank, world_size, cursor
 
     def __iter__(self) -> Iterator[Batch | str]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        streams: dict[int, _Stream] = {}
-        numbers = micro_batches_of(self.first, self.rank, self.world_size, worker, num_workers)
+        streams: dict[int, Iterator[MicroBatch]] = {}
+        pool = ThreadPoolExecutor(_MAX_READERS, thread_name_prefix="read-ahead")
         try:
-            for number in numbers:
-                turn, name = divmod(number, self.order.num_streams)
-                if name not in streams:
-                    streams[name] = _Stream(self.index, self.order, name, turn)
-                yield self._batch(number, next(streams[name]))
+            for number in micro_batches_of(self.cursor.micro_batches, self.rank, self.world_size, worker, num_workers):
+                stream = number % self.config.num_streams
+                if stream not in streams:
+                    streams[stream] = iter(self._open_stream(stream, pool))
+                batch = next(streams[stream])
+                encoding = batch.items[0].data_set.encoding
+                yield self._pictures(number, batch) if encoding is None else self._encoded(number, batch, encoding)
         except DataError as error:
             yield str(error)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _batch(self, number: int, visits: list[tuple[SampleRef, RawSample]]) -> Batch:
-        size, seed, side = self.order.micro_batch_size, self.order.seed, self.config.image_size
-        batch = Batch(
-            images=torch.zeros(size, 3, side, side),
-            captions=[""] * size,
-            keys=[sample.key for _, sample in visits],
-            sample_numbers=torch.arange(number * size, (number + 1) * size),
-            weights=torch.ones(size),
-            bad=[],
-            metas=[sample.meta for _, sample in visits],
-        )
-        for place, (ref, sample) in enumerate(visits):
-            sample_number = number * size + place
+    def _open_stream(self, stream: int, pool: ThreadPoolExecutor) -> StreamReader:
+        behind = micro_batches_behind(self.cursor.micro_batches, stream, self.config.num_streams)
+        positions = self.cursor.positions[stream] if behind else ((0, 0),) * len(self.sets)
+        return StreamReader(self.sets, stream, behind, positions, self.window, pool)
+
+    def _pictures(self, number: int, micro_batch: MicroBatch) -> Batch:
+        batch = self._empty(number, micro_batch, micro_batch.shape)
+        seed, (width, height) = self.window.seed, micro_batch.shape
+        sizes, crops = batch.sizes.numpy(), batch.crops.numpy()
+        for place, item in enumerate(micro_batch.items):
+            sample_number = int(batch.sample_numbers[place])
             try:
-                prepared = _prepare(sample, side, self.config.crop, seed, sample_number)
-                batch.images[place], batch.captions[place] = prepared
+                batch.captions[place] = _caption(item.sample, self.config.captions, seed, sample_number)
+                data = bytes(item.sample.image)
+                picture: Picture = load_picture(
+                    data, width, height, crop=self.config.crop, seed=seed, sample_number=sample_number
+                )
             except BadImage as error:
-                batch.weights[place] = 0.0
-                shard = self.index.shards[ref.shard].name
-                record = {"key": sample.key, "shard": shard, "sample_number": sample_number, "reason": str(error)}
-                batch.bad.append(record)
+                self._mask(batch, place, item, error)
+                continue
+            batch.pixels[place] = picture.pixels
+            sizes[place], crops[place] = picture.size, picture.box
         return batch
 
+    def _encoded(self, number: int, micro_batch: MicroBatch, encoding: Encoding) -> Batch:
+        batch = self._empty(number, micro_batch, (0, 0))
+        width, height = micro_batch.shape
+        sizes, crops = batch.sizes.numpy(), batch.crops.numpy()
+        samples: list[EncodedSample | None] = []
+        choices = []
+        for place, item in enumerate(micro_batch.items):
+            try:
+                sample = unpack_sample(item.sample.image, encoding)
+            except BadImage as error:
+                self._mask(batch, place, item, error)
+                samples.append(None)
+                choices.append(0)
+                continue
+            weights = [weight for _, weight in sample.captions]
+            choice = choose_index(weights, self.window.seed, int(batch.sample_numbers[place]))
+            samples.append(sample)
+            choices.append(choice)
+            batch.captions[place], batch.metas[place] = sample.captions[choice][0], sample.meta
+            sizes[place], crops[place] = sample.size, cut_box(sample, width, height)
+        batch.encoded = collate(samples, width, height, choices, encoding)
+        return batch
 
-class _Stream:
-    """Reads one stream: holds the samples of its present block, as stored, and nothing else."""
+    def _mask(self, batch: Batch, place: int, item: Item, error: BadImage) -> None:
+        batch.captions[place], batch.weights[place] = "", 0.0
+        shard = item.data_set.index.shards[item.shard].name
+        sample_number = int(batch.sample_numbers[place])
+        record = {"key": item.sample.key, "shard": shard, "sample_number": sample_number, "reason": str(error)}
+        batch.bad.append(record)
 
-    def __init__(self, index: Index, order: Order, stream: int, first: int) -> None:
-        self._index, self._order, self._stream = index, order, stream
-        self._batches = stream_micro_batches(order, stream, first)
-        self._block: tuple[int, int] | None = None
-        self._samples: dict[int, list[RawSample]] = {}
-
-    def __next__(self) -> list[tuple[SampleRef, RawSample]]:
-        _, refs = next(self._batches)
-        return [(ref, self._read(ref)) for ref in refs]
-
-    def _read(self, ref: SampleRef) -> RawSample:
-        if self._block != (ref.epoch, ref.block):
-            self._samples.clear()
-            for shard in block_shards(self._order, self._stream, ref.epoch, ref.block):
-                self._samples[shard] = list(read_shard(self._index, shard))
-            self._block = (ref.epoch, ref.block)
-        return self._samples[ref.shard][ref.row]
+    def _empty(self, number: int, micro_batch: MicroBatch, shape: tuple[int, int]) -> Batch:
+        size = self.window.micro_batch_size
+        return Batch(
+            pixels=torch.full((size, 3, shape[1], shape[0]), 128, dtype=torch.uint8),
+            captions=[""] * size,
+            keys=[item.sample.key for item in micro_batch.items],
+            sample_numbers=torch.arange(number * size, (number + 1) * size),
+            weights=torch.ones(size),
+            sizes=torch.zeros(size, 2, dtype=torch.int32),
+            crops=torch.zeros(size, 4, dtype=torch.int32),
+            bad=[],
+            metas=[item.sample.meta for item in micro_batch.items],
+            visits=torch.from_numpy(np.array([item.visit for item in micro_batch.items], dtype=np.int64)),
+            filtered=torch.from_numpy(micro_batch.filtered),
+            filtered_by=micro_batch.filtered_by,
+            stream=number % self.config.num_streams,
+            positions=micro_batch.positions,
+        )

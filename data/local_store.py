@@ -5,7 +5,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,14 +88,17 @@ class LocalStore:
             for name in names:
                 key = os.path.relpath(os.path.join(parent, name), self.root).replace(os.sep, "/")
                 if key.startswith(prefix) and not name.startswith(TEMP_PREFIX):
-                    found.append((key, os.path.getsize(os.path.join(parent, name))))
+                    with suppress(FileNotFoundError):  # deleted meanwhile, as old checkpoints are
+                        found.append((key, os.path.getsize(os.path.join(parent, name))))
         return sorted(found)
 
     def exists(self, key: str) -> bool:
         return (self.root / checked_key(key)).is_file()
 
     def delete(self, key: str) -> None:
-        (self.root / checked_key(key)).unlink(missing_ok=True)
+        path = self.root / checked_key(key)
+        with _errors(path):
+            path.unlink(missing_ok=True)
 
     def _existing(self, key: str) -> Path:
         path = self.root / checked_key(key)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.captions import choose_caption
-from data.decode import BadImage, decode_image
+from data.decode import BadImage, check_picture
 from data.errors import DataError
 from data.object_store import join, open_store
 from data.shards import INDEX, write_shards
@@ -96,7 +96,7 @@ def _sort_out(folder: Path, captions: Path) -> tuple[list[tuple[int, dict[str, A
         try:
             if not choose_caption(None, entry):
                 raise BadImage("empty caption")
-            decode_image(_read_image(folder, entry["file"]))
+            check_picture(_read_image(folder, entry["file"]))
             usable.append((line, entry))
         except BadImage as error:
             skipped.append({"line": line, "file": entry["file"], "reason": str(error)})

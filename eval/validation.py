@@ -32,7 +32,7 @@ def validation_loss(pipeline: TextToImage, held_out: HeldOut, batch_size: int, s
         for i, time in enumerate(fixed_times()):
             t = torch.full((len(latents),), time, device=pipeline.device)
             x_t = interpolate(pipeline.diffusion, latents, noise, t)
-            predicted = pipeline.dit(x_t, t, text.text_embeds, text.pooled)
+            predicted = pipeline.dit(x_t, t, text.text_embeds, text.pooled, text.text_mask)
             totals[i] += _squared_error(predicted, target(pipeline.diffusion, latents, noise, t))
     losses = (totals / count).tolist()
     return {"mean": sum(losses) / NUM_TIMES} | {

@@ -42,3 +42,14 @@ def check_new_folder(option: str, path: str | Path) -> None:
     place = Path(path)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError(f"{path} is there already and nothing is overwritten; give another {option}")
+
+
+def checkpoints_of(run: Path) -> str:
+    """The address of a run's checkpoints, by its run.yaml."""
+    from launch.config_io import read_yaml
+
+    recipe = read_yaml(run / "run.yaml").get("recipe")
+    try:
+        return str(recipe["checkpoint"]["url"] or run / "checkpoints")  # type: ignore[index]
+    except (KeyError, TypeError):
+        raise ConfigError(f"{run / 'run.yaml'}: is not that of a training run; give a run directory") from None

@@ -1,4 +1,4 @@
-"""The command line. The only module that names every package, and each one only inside the command that needs it.
+"""The command line. With cli_data the only module that names every package, each inside the command that needs it.
 
 Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's mistake (one line), 75 preempted and saved.
 docs/commands.md is the user's page.
@@ -12,6 +12,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from launch import cli_data
+from launch.cli_common import AsJson, Quiet, end_with_problems, refuse, say, show
+
 app = typer.Typer(
     name="darkroom",
     help="Pretrain text-to-image latent-diffusion models from scratch.",
@@ -20,22 +23,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug shows a plain traceback
     rich_markup_mode=None,  # rich would double the time of --help
 )
-data_app = typer.Typer(help="Make, index and check shards of captioned images.", no_args_is_help=True)
 train_app = typer.Typer(help="Train the autoencoder, then the diffusion transformer.", no_args_is_help=True)
 checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 # Of metrics.json: what a terminal is spared.
 NOT_FIGURES = ("format_version", "model", "settings", "data", "prompts", "reader", "versions", "eval_seconds")
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a recipe, or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Values that replace the recipe's.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Run directory, checkpoint or artifact, local or s3://.")]
-Shards = Annotated[str, typer.Argument(metavar="URL", help="Folder of shards, local or s3://.")]
 
 
 def main() -> NoReturn:
@@ -69,101 +68,6 @@ def _leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _say(text: str, quiet: bool = False) -> None:
-    if not quiet:
-        typer.echo(text)
-
-
-def _refuse(message: str) -> NoReturn:
-    from launch.errors import ConfigError
-
-    raise ConfigError(message)
-
-
-def _show(facts: dict[str, Any], as_json: bool) -> None:
-    """One fact per line, or all of them as JSON."""
-    from launch.show import facts_text
-
-    typer.echo(json.dumps(facts) if as_json else facts_text(facts))
-
-
-def _end_with_problems(url: str, problems: list[str], checked: str, remedy: str, quiet: bool, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"url": url, "problems": problems}))
-    else:
-        for problem in problems:
-            typer.echo(problem, err=True)
-    if problems:
-        _refuse(f"{url} has {len(problems)} problem{'s' * (len(problems) > 1)}; {remedy}")
-    if not as_json:
-        _say(checked, quiet)
-
-
-# --- data ---------------------------------------------------------------------------------------------------------
-
-
-@data_app.command("digits")
-def data_digits(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder: train/, test/ and combinations/ go in.")],
-    train: Annotated[int, typer.Option(help="Training pictures.")] = 16384,
-    test: Annotated[int, typer.Option(help="Pictures of held-out digits.")] = 512,
-    combinations: Annotated[int, typer.Option(help="Pictures of held-out digit-colour pairs.")] = 512,
-    seed: int = 0,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Compose the embedded sample: captioned 32x32 pictures of real handwritten digits."""
-    from data.digits import write_digits
-
-    done = write_digits(out, num_train=train, num_test=test, num_combinations=combinations, seed=seed)
-    if as_json or not quiet:
-        _show(done, as_json)
-
-
-@data_app.command("pack")
-def data_pack(
-    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Folder of JPEG, PNG or WebP files.")],
-    captions: Annotated[str, typer.Argument(metavar="CAPTIONS", help='JSONL: {"file": "a.jpg", "caption": "…"}.')],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder of shards, local or s3://.")],
-    samples_per_shard: Annotated[int, typer.Option(help="At most this many pictures in a shard.")] = 4096,
-    min_shards: Annotated[int, typer.Option(help="At least this many shards, if there are as many pictures.")] = 16,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Pack a folder of images and their captions into shards with an index."""
-    from data.pack import pack
-
-    done = pack(images, captions, out, samples_per_shard=samples_per_shard, min_shards=min_shards)
-    if as_json or not quiet:
-        _show(done, as_json)
-
-
-@data_app.command("index")
-def data_index(url: Shards, quiet: Quiet = False) -> None:
-    """Write the index of a folder of tars that something else packed."""
-    from data.shards import build_index
-
-    build_index(url)
-    _say(f"{url}: indexed", quiet)
-
-
-@data_app.command("verify")
-def data_verify(url: Shards, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Read every shard and compare it with the index. Exit code 2 if anything differs."""
-    from data.shards import verify
-
-    remedy = "restore the shards, or pack or index them anew in a new folder"
-    _end_with_problems(url, verify(url), f"{url}: every shard is as the index says", remedy, quiet, as_json)
-
-
-@data_app.command("ls")
-def data_ls(url: Shards, as_json: AsJson = False) -> None:
-    """Say what a folder of shards holds."""
-    from data.shards import describe
-
-    _show(describe(url), as_json)
 
 
 # --- train --------------------------------------------------------------------------------------------------------
@@ -204,10 +108,8 @@ def _train(
 ) -> None:
     from launch.checks import check_local
     from launch.config_io import find_recipe, load_recipe
-    from launch.runtime import become_single_rank, is_rank_process, ranks, spawn
+    from launch.runtime import become_single_rank, is_rank_process, ranks
 
-    if nproc < 1:
-        _refuse(f"--nproc {nproc} must be at least 1")
     run_dir = run or f"runs/{Path(recipe).stem}"
     check_local("--run", run_dir)
     find_recipe(recipe)  # a wrong name is said before torch is imported for the recipe's dataclasses
@@ -217,8 +119,7 @@ def _train(
 
         typer.echo(describe(config, ranks().world_size if is_rank_process() else nproc))
         return
-    if nproc > 1 and not is_rank_process():
-        raise typer.Exit(spawn(nproc, [sys.executable, *sys.orig_argv[1:]]))
+    _spread(nproc)
     if not is_rank_process():
         become_single_rank()
     if kind == "autoencoder":
@@ -231,15 +132,46 @@ def _train(
         dit_stage.train(config, run_dir, quiet=quiet)
 
 
+def _spread(nproc: int) -> None:
+    """Runs this command as several ranks and ends with their exit code; a rank, or a single process, goes on."""
+    from launch.runtime import is_rank_process, spawn
+
+    if nproc < 1:
+        refuse(f"--nproc {nproc} must be at least 1")
+    if nproc > 1 and not is_rank_process():
+        raise typer.Exit(spawn(nproc, [sys.executable, *sys.orig_argv[1:]]))
+
+
+@app.command("encode")
+def encode(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Nproc = 1,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Encode pictures and captions once, for training to read. The same command goes on."""
+    from launch.config_io import find_recipe, load_recipe
+
+    find_recipe(recipe)
+    _, config = load_recipe(recipe, overrides or [], {"encode": _schema("encode")})
+    _spread(nproc)
+    from training.encode import encode as encode_set
+
+    summary = encode_set(config, quiet=quiet or as_json)
+    if summary is not None and (as_json or not quiet):
+        show(summary, as_json)
+
+
 def _schema(kind: str) -> type:
     """The dataclass that a recipe of this kind fills."""
     if kind == "eval":
         from eval.config import EvalRecipe
 
         return EvalRecipe
-    from training.config import AutoencoderRecipe, DiTRecipe
+    from training.config import AutoencoderRecipe, DiTRecipe, EncodeRecipe
 
-    return {"autoencoder": AutoencoderRecipe, "dit": DiTRecipe}[kind]
+    return {"autoencoder": AutoencoderRecipe, "dit": DiTRecipe, "encode": EncodeRecipe}[kind]
 
 
 # --- what a model is asked ----------------------------------------------------------------------------------------
@@ -280,7 +212,7 @@ def sample(
     if as_json:
         typer.echo(json.dumps(facts))
     else:
-        _say(f"{out}: {len(rows)} picture{'s' * (len(rows) > 1)}", quiet)
+        say(f"{out}: {len(rows)} picture{'s' * (len(rows) > 1)}", quiet)
 
 
 @app.command("eval")
@@ -301,12 +233,12 @@ def evaluate(
         out = str(Path(config.model, "eval") if is_run else Path("runs", Path(recipe).stem))
     from eval.run import run_eval
 
-    metrics = run_eval(config, out, say=lambda line: _say(line, quiet or as_json))
+    metrics = run_eval(config, out, say=lambda line: say(line, quiet or as_json))
     if as_json:
-        _show(metrics, as_json)
+        show(metrics, as_json)
     elif not quiet:
-        _show({key: value for key, value in metrics.items() if key not in NOT_FIGURES}, as_json)
-        _say(f"{out}: metrics.json, pictures and prompts")
+        show({key: value for key, value in metrics.items() if key not in NOT_FIGURES}, as_json)
+        say(f"{out}: metrics.json, pictures and prompts")
 
 
 @app.command("export")
@@ -326,7 +258,7 @@ def export(
     from models.export import export_diffusers
 
     difference = export_diffusers(load_pipeline(model), out, num_steps=steps, guidance_scale=guidance)
-    _say(f"{out}: written; largest pixel difference to our own sampler {difference:.1e} of 1", quiet)
+    say(f"{out}: written; largest pixel difference to our own sampler {difference:.1e} of 1", quiet)
 
 
 @app.command("report")
@@ -337,7 +269,7 @@ def report(
     """Write RUN's report: one HTML page with curves, samples, metrics and the recipe."""
     from eval.report import write_report
 
-    _say(str(write_report(run)), quiet)
+    say(str(write_report(run)), quiet)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -355,7 +287,7 @@ def _commits(url: str) -> tuple[Any, list[int]]:
         steps = list_commits(store)
         if steps:
             return store, steps
-    _refuse(f"{url} holds no committed checkpoint; give a run directory or its checkpoints folder")
+    refuse(f"{url} holds no committed checkpoint; give a run directory or its checkpoints folder")
 
 
 @checkpoint_app.command("ls")
@@ -391,7 +323,7 @@ def checkpoint_verify(url: Checkpoints, quiet: Quiet = False, as_json: AsJson = 
         except DataError as error:  # the manifest itself is damaged
             problems.append(str(error))
     remedy = "a resume takes the newest one without a problem"
-    _end_with_problems(url, problems, f"{url}: {len(steps)} good", remedy, quiet, as_json)
+    end_with_problems(url, problems, f"{url}: {len(steps)} good", remedy, quiet, as_json)
 
 
 # --- doctor -------------------------------------------------------------------------------------------------------
@@ -403,9 +335,9 @@ def doctor(as_json: AsJson = False) -> None:
     from launch.doctor import examine
 
     facts = examine()
-    _show(facts, as_json)
+    show(facts, as_json)
     if facts["missing"]:
-        _refuse(f"missing: {', '.join(facts['missing'])}; install them, or run `make install`")
+        refuse(f"missing: {', '.join(facts['missing'])}; install them, or run `make install`")
 
 
 if __name__ == "__main__":

@@ -154,8 +154,11 @@ class Autoencoder(nn.Module):
     def encode_latents(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) to normalised latents (B, C, h, w): a sample when eps is given, else the mean."""
         posterior = self.encode(images)
-        raw = posterior.mean if eps is None else posterior.sample(eps)
-        return (raw - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+        return self.normalise(posterior.mean if eps is None else posterior.sample(eps))
+
+    def normalise(self, raw_latents: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) to normalised ones."""
+        return (raw_latents - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, C, h, w) to pictures (B, 3, D·h, D·w), about [-1, 1] and not clamped."""

@@ -1,10 +1,12 @@
 """All text encoders together: captions to what the DiT is told, in the layout of SD3 (arXiv:2403.03206, 4.1)."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ModelError
@@ -14,6 +16,8 @@ _CHUNK = 16  # captions per forward pass; always the same shape, so that a capti
 _CACHE_BYTES = 128 * 2**20  # per encoder
 _MIN_CACHE_ROWS = 512  # a cache of fewer captions than this would only cost
 
+TextPadding = Literal["attended", "masked"]
+
 
 @dataclass(frozen=True)
 class TextCondition:
@@ -22,13 +26,32 @@ class TextCondition:
     Attributes:
         text_embeds: (B, L, D) float32.
         pooled: (B, P) float32.
-        text_mask: (B, L) bool, True = keep; None keeps all. The conditioner gives None: as in SD3, padding is attended
-            to, and so serving needs no mask either.
+        text_mask: (B, L) bool, True = keep; None keeps all.
     """
 
     text_embeds: Tensor
     pooled: Tensor
     text_mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> "TextCondition":
+        """The same on a device."""
+        mask = None if self.text_mask is None else self.text_mask.to(device)
+        return TextCondition(self.text_embeds.to(device), self.pooled.to(device), mask)
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What one encoder makes of a batch of captions.
+
+    Attributes:
+        tokens: (B, L, D) float32; L at most the encoder's max_tokens.
+        mask: (B, L) bool, True = a token of the caption, not padding.
+        pooled: (B, P) float32; P = 0 for T5.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
 
 
 class JointEncoders(nn.Module):
@@ -47,13 +70,15 @@ class JointEncoders(nn.Module):
 
     Args:
         encoders: One or more of kind "clip", all with the same max_tokens, and at most one of kind "t5".
+        text_padding: See above.
 
     Raises:
         ModelError: The encoders do not go together.
     """
 
-    def __init__(self, encoders: list[TextEncoder]) -> None:
+    def __init__(self, encoders: list[TextEncoder], text_padding: TextPadding = "attended") -> None:
         super().__init__()
+        self.text_padding = text_padding
         clips = [encoder for encoder in encoders if encoder.config.kind == "clip"]
         t5s = [encoder for encoder in encoders if encoder.config.kind == "t5"]
         self.names = [encoder.config.name for encoder in encoders]
@@ -69,12 +94,14 @@ class JointEncoders(nn.Module):
         self.num_tokens = self.clip_tokens + sum(encoder.config.max_tokens for encoder in t5s)
         self.text_dim = max([sum(encoder.width for encoder in clips)] + [encoder.width for encoder in t5s])
         self.pooled_dim = sum(encoder.pooled_dim for encoder in clips)
-        self._caches = [_RowCache(e.config.max_tokens * e.width + e.pooled_dim) for e in encoders]
+        self._caches = [_RowCache(self._row_floats(encoder)) for encoder in encoders]
+        self._nulls: dict[int, TextFeatures] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "JointEncoders":
         super()._apply(fn, recurse)  # a move to another device or type
         for cache in self._caches:
             cache.clear()
+        self._nulls.clear()
         return self
 
     def train(self, mode: bool = True) -> "JointEncoders":
@@ -92,34 +119,51 @@ class JointEncoders(nn.Module):
         Returns:
             The condition on the encoders' device.
         """
-        device_type = next(self.parameters()).device.type
-        with torch.autocast(device_type, enabled=False):  # features are cached: they must not depend on the caller
-            rows = self._rows(captions, drop)
-        return self._lay_out(rows)
-
-    def _rows(self, captions: list[str], drop: Tensor | None) -> list[Tensor]:
-        """Per encoder, (B, L·D + P): its tokens and pooled vector in one row."""
-        rows = []
-        for number, cache in enumerate(self._caches):
+        features = []
+        for number in range(len(self.names)):
             heard = captions
             if drop is not None:
                 dropped = drop[:, number].tolist()
                 heard = ["" if gone else caption for caption, gone in zip(captions, dropped, strict=True)]
-            rows.append(cache.get(heard, self._encode_rows(number)))
-        return rows
+            features.append(self._cached(number, heard))
+        return self._lay_out(features)
 
-    def _lay_out(self, rows: list[Tensor]) -> TextCondition:
-        embeds = rows[0].new_zeros(len(rows[0]), self.num_tokens, self.text_dim)
+    @torch.no_grad()
+    def features(self, captions: list[str]) -> list[TextFeatures]:
+        """What each encoder makes of captions, in order; nothing is looked up in the cache or kept there."""
+        return [self._split(number, self._encode_rows(number)(captions)) for number in range(len(self.names))]
+
+    @torch.no_grad()
+    def join(self, features: Sequence[TextFeatures], drop: Tensor | None = None) -> TextCondition:
+        """The condition that `encode` would give, from features that were made before.
+
+        Args:
+            features: Of B captions by each encoder, in order, on one device; attended padding is among them.
+            drop: (B, E) bool on the CPU, True replaces an encoder's features by those of "".
+
+        Returns:
+            The condition on the features' device.
+        """
+        joined = []
+        for number, stored in enumerate(features):
+            gone = None if drop is None else drop[:, number]
+            joined.append(stored if gone is None or not gone.any() else _replace(stored, gone, self._null(number)))
+        return self._lay_out(joined)
+
+    def _lay_out(self, features: Sequence[TextFeatures]) -> TextCondition:
+        embeds = features[0].tokens.new_zeros(len(features[0].tokens), self.num_tokens, self.text_dim)
+        mask = features[0].mask.new_zeros(embeds.shape[:2]) if self.text_padding == "masked" else None
         pooled, channel, first = [], 0, 0
-        for encoder, row in zip(self.text_encoders(), rows, strict=True):
-            length, width = encoder.config.max_tokens, encoder.width
+        for encoder, own in zip(self.text_encoders(), features, strict=True):
             if encoder.config.kind == "t5":
                 channel, first = 0, self.clip_tokens
-            tokens = row[:, : length * width].view(-1, length, width)
-            embeds[:, first : first + length, channel : channel + width] = tokens  # (B, L_encoder, D_encoder)
-            pooled.append(row[:, length * width :])
-            channel += width
-        return TextCondition(embeds, torch.cat(pooled, dim=1))
+            places = slice(first, first + own.tokens.shape[1])
+            embeds[:, places, channel : channel + encoder.width] = own.tokens  # (B, L_encoder, D_encoder)
+            if mask is not None:
+                mask[:, places] |= own.mask
+            pooled.append(own.pooled)
+            channel += encoder.width
+        return TextCondition(embeds, torch.cat(pooled, dim=1), mask)
 
     def null(self) -> TextCondition:
         """The condition of one empty caption, B = 1."""
@@ -129,21 +173,61 @@ class JointEncoders(nn.Module):
         """The encoders in order."""
         return [encoder for encoder in self.encoders if isinstance(encoder, TextEncoder)]
 
+    # A caption's features travel and are cached as one row: its tokens, its pooled vector, how many tokens are its own.
+
+    def _row_floats(self, encoder: TextEncoder) -> int:
+        return encoder.config.max_tokens * encoder.width + encoder.pooled_dim + 1
+
+    def _cached(self, number: int, captions: list[str]) -> TextFeatures:
+        return self._split(number, self._caches[number].get(captions, self._encode_rows(number)))
+
+    def _null(self, number: int) -> TextFeatures:
+        """An encoder's features of "", without masked padding; made once, however large they are."""
+        if number not in self._nulls:
+            null = self._split(number, self._encode_rows(number)([""]))
+            length = int(null.mask.sum()) if self.text_padding == "masked" else null.tokens.shape[1]
+            self._nulls[number] = TextFeatures(null.tokens[:, :length], null.mask[:, :length], null.pooled)
+        return self._nulls[number]
+
+    def _split(self, number: int, rows: Tensor) -> TextFeatures:
+        """Rows (B, L·D + P + 1) of an encoder taken apart."""
+        encoder = self.text_encoders()[number]
+        length, end = encoder.config.max_tokens, encoder.config.max_tokens * encoder.width
+        places = torch.arange(length, device=rows.device)
+        return TextFeatures(rows[:, :end].view(-1, length, encoder.width), places < rows[:, -1:], rows[:, end:-1])
+
     def _encode_rows(self, number: int) -> Callable[[list[str]], Tensor]:
         """A function from captions to an encoder's rows."""
-        encoder = self.text_encoders()[number]
+        encoder, masked = self.text_encoders()[number], self.text_padding == "masked"
+        device_type = next(encoder.parameters()).device.type
 
         def encode(captions: list[str]) -> Tensor:
             parts = []
             for start in range(0, len(captions), _CHUNK):
                 chunk = captions[start : start + _CHUNK]
-                tokens, _, pooled = encoder.encode(chunk + [""] * (_CHUNK - len(chunk)))
-                row = tokens.flatten(1)
-                row = row if pooled is None else torch.cat((row, pooled), dim=1)
-                parts.append(row[: len(chunk)])
+                with torch.autocast(device_type, enabled=False):  # rows are cached: they must not depend on the caller
+                    tokens, mask, pooled = encoder.encode(chunk + [""] * (_CHUNK - len(chunk)), masked)
+                row = [tokens.flatten(1), *([] if pooled is None else [pooled]), mask.sum(1, keepdim=True).float()]
+                parts.append(torch.cat(row, dim=1)[: len(chunk)])
             return torch.cat(parts)
 
         return encode
+
+
+def _replace(stored: TextFeatures, gone: Tensor, null: TextFeatures) -> TextFeatures:
+    """Features of B captions with those that are gone, (B,) bool, replaced by the only one of `null`."""
+    device, length = stored.tokens.device, max(stored.tokens.shape[1], null.tokens.shape[1])
+    gone = gone.to(device)
+
+    def choose(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(gone.view(-1, *(1,) * (old.ndim - 1)), new.to(device), old)
+
+    def longer(features: TextFeatures) -> tuple[Tensor, Tensor]:
+        behind = length - features.mask.shape[1]
+        return F.pad(features.tokens, (0, 0, 0, behind)), F.pad(features.mask, (0, behind))
+
+    (null_tokens, null_mask), (tokens, mask) = longer(null), longer(stored)
+    return TextFeatures(choose(null_tokens, tokens), choose(null_mask, mask), choose(null.pooled, stored.pooled))
 
 
 class _RowCache:

@@ -47,7 +47,7 @@ def export_diffusers(pipeline: TextToImage, out: str | Path, num_steps: int = 28
 
     Raises:
         ModelError: The folder exists, diffusers is not installed, the text encoders do not fit the pipeline's
-            layout, or the pictures differ by more than 1e-3.
+            layout or mask their padding, or the pictures differ by more than 1e-3.
     """
     _check_layout(pipeline)
     with _quiet(_diffusers()) as diffusers:
@@ -158,6 +158,11 @@ def _quiet(diffusers: Any) -> Iterator[Any]:
 
 
 def _check_layout(pipeline: TextToImage) -> None:
+    if pipeline.conditioner.text_padding == "masked":
+        raise ModelError(
+            "the DiT was trained with text_padding: masked, but StableDiffusion3Pipeline attends to padding;"
+            " draw with `darkroom sample`, or train with text_padding: attended to export"
+        )
     encoders = pipeline.conditioner.text_encoders()
     kinds = [encoder.config.kind for encoder in encoders]
     if kinds not in (["clip", "clip"], ["clip", "clip", "t5"]):

@@ -92,9 +92,9 @@ class TextToImage(nn.Module):
         if height % multiple or width % multiple or min(height, width) < multiple:
             raise ModelError(f"a picture of {width}x{height} px: both sides must be multiples of {multiple}")
         images = [torch.empty(0, 3, height, width, device=self.device)]
-        null = self.conditioner.encode([""])
+        null = self.conditioner.encode([""]).to(self.device)
         for start in range(0, len(prompts), batch_size):
-            condition = self.conditioner.encode(prompts[start : start + batch_size])
+            condition = self.conditioner.encode(prompts[start : start + batch_size]).to(self.device)
             noise = self.noise(seeds[start : start + batch_size], height, width)
             images.append(self.draw(condition, null, noise, num_steps, guidance_scale))
         return torch.cat(images)
@@ -121,7 +121,7 @@ class TextToImage(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the autoencoder lies; all parts lie together."""
+        """Where the autoencoder and the DiT lie; the text encoders may lie elsewhere."""
         return self.autoencoder.latent_mean.device
 
     def save(self, folder: str | Path) -> str:

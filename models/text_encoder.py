@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from models.artifact import (
     read_document,
     write_artifact,
 )
-from models.conditioner import JointEncoders
+from models.conditioner import JointEncoders, TextPadding
 from models.conditioner import TextCondition as TextCondition  # for those who use the conditioner
 from models.errors import ModelError
 from models.t5_vocabulary import unigram_pieces
@@ -44,13 +44,14 @@ class Conditioner(JointEncoders):
 
     Args:
         configs: One or more of kind "clip", all with the same max_tokens, then at most one of kind "t5".
+        text_padding: Whether padding is "attended" to or "masked".
 
     Raises:
         ModelError: An encoder cannot be built, or they do not go together.
     """
 
-    def __init__(self, configs: Sequence[TextEncoderConfig]) -> None:
-        super().__init__([build_text_encoder(config) for config in configs])
+    def __init__(self, configs: Sequence[TextEncoderConfig], text_padding: TextPadding = "attended") -> None:
+        super().__init__([build_text_encoder(config) for config in configs], text_padding)
         self.configs = tuple(configs)
 
     @property
@@ -60,8 +61,12 @@ class Conditioner(JointEncoders):
 
     @property
     def fingerprint(self) -> str:
-        """What `save` returns: of all encoders and their order."""
-        return artifact_fingerprint(_KIND_OF_ALL, {"encoders": self.names}, {}, self.fingerprints)
+        """What `save` returns: of all encoders, their order, and whether their padding is masked."""
+        return artifact_fingerprint(_KIND_OF_ALL, self._artifact_config(), {}, self.fingerprints)
+
+    def _artifact_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {"encoders": self.names}
+        return config if self.text_padding == "attended" else {**config, "text_padding": self.text_padding}
 
     def save(self, folder: str | Path) -> str:
         """Writes a folder with one artifact per encoder and their order; returns its fingerprint.
@@ -70,7 +75,7 @@ class Conditioner(JointEncoders):
             ModelError: The folder exists.
         """
         with new_folder(folder) as temporary:
-            fingerprint = write_artifact(temporary, _KIND_OF_ALL, {"encoders": self.names}, {}, self.fingerprints)
+            fingerprint = write_artifact(temporary, _KIND_OF_ALL, self._artifact_config(), {}, self.fingerprints)
             for encoder in self.text_encoders():
                 encoder.save(temporary / encoder.config.name)
         return fingerprint
@@ -84,7 +89,10 @@ class Conditioner(JointEncoders):
         """
         artifact = load_artifact(folder, _KIND_OF_ALL)
         folders = {name: Path(folder) / name for name in artifact.config["encoders"]}
-        conditioner = cls([stored_config(path) for path in folders.values()])
+        text_padding = artifact.config.get("text_padding", "attended")
+        if text_padding not in get_args(TextPadding):
+            raise ModelError(f"{folder}: text_padding {text_padding!r} is not known: update darkroom")
+        conditioner = cls([stored_config(path) for path in folders.values()], text_padding)
         for name, path in folders.items():
             if conditioner.fingerprints[name] != artifact.fingerprints[name]:
                 raise ModelError(f"{path} is another encoder than the one that was saved: copy the folder again")

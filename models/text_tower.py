@@ -58,16 +58,23 @@ class TextEncoder(nn.Module):
         return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
     @torch.no_grad()
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, ids: Tensor, masked: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """ids (B, L) to per-token features (B, L, D), mask (B, L) True = keep, pooled (B, P) or None.
 
         CLIP gives the input of its last layer ("penultimate", as SD3 does, arXiv:2403.03206, appendix B.3) and the
-        projection at the end token. T5 gives its output; no token is hidden from its attention, as in SD3.
+        projection at the end token. T5 gives its output; as in SD3, no token is hidden from its attention unless
+        `masked`. Then padding is, and its features are zero. (A CLIP's attention is causal: padding comes too late.)
         """
+        pooled = None
         if self.config.kind == "clip":
-            return self._forward_clip(ids)
-        features = self.tower(input_ids=ids).last_hidden_state.float()
-        return features, ids != self.tokenizer.pad_token_id, None
+            features, mask, pooled = self._forward_clip(ids)
+        else:
+            mask = ids != self.tokenizer.pad_token_id
+            hidden = self.tower(input_ids=ids, attention_mask=mask) if masked else self.tower(input_ids=ids)
+            features = hidden.last_hidden_state.float()
+        if masked:
+            features = features.masked_fill(~mask[:, :, None], 0.0)
+        return features, mask, pooled
 
     def _forward_clip(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tower: Any = self.tower
@@ -82,9 +89,9 @@ class TextEncoder(nn.Module):
         keep = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
         return x.float(), keep, pooled.float()
 
-    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def encode(self, captions: list[str], masked: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """captions to per-token features (B, L, D) float32, mask (B, L) True = keep, pooled (B, P) or None."""
-        return self(self.tokenize(captions).to(next(self.tower.parameters()).device))
+        return self(self.tokenize(captions).to(next(self.tower.parameters()).device), masked)
 
     def artifact_config(self) -> dict[str, Any]:
         """What identifies the encoder: how it is trained with (dropout) and where it came from are not part of it."""

@@ -3,8 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from data.buckets import BucketConfig, make_buckets
+from data.captions import CaptionConfig
+from data.encoded import Latents, TextDtype
 from data.loader import LoaderConfig
+from data.transforms import Crop
 from models.autoencoder import AutoencoderConfig
+from models.conditioner import TextPadding
 from models.diffusion import DiffusionConfig
 from models.discriminator import DiscriminatorConfig
 from models.text_config import TextEncoderConfig
@@ -74,14 +79,19 @@ class AutoencoderRecipe:
     def __post_init__(self) -> None:
         _check_least(self, statistics_images=1, sample_every_steps=1)
         _check_steps(self)
-        size, factor = self.data.image_size, self.model.downsampling
-        if size % factor:
-            raise ValueError(f"data.image_size {size} is not a multiple of {factor}, the model's downsampling")
-        if size < self.discriminator.smallest_image:
-            raise ValueError(
-                f"discriminator.num_layers {self.discriminator.num_layers} needs pictures of "
-                f"{self.discriminator.smallest_image} px, data.image_size is {size}; lower num_layers"
-            )
+        factor, least = self.model.downsampling, self.discriminator.smallest_image
+        for size in make_buckets(self.data.image_size, self.data.buckets):
+            picture = f"data.image_size and data.buckets give pictures of {size[0]}x{size[1]} px"
+            if any(side % factor for side in size):
+                raise ValueError(f"{picture}: both sides must be multiples of {factor}, the model's downsampling")
+            if min(size) < least:
+                raise ValueError(
+                    f"{picture}; discriminator.num_layers {self.discriminator.num_layers} needs at least {least} px: "
+                    "lower num_layers"
+                )
+        # Latent statistics and reconstructions are those of whole pictures of one size: the recipe's square.
+        if self.data.image_size % factor:
+            raise ValueError(f"data.image_size {self.data.image_size} must be a multiple of {factor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +109,7 @@ class DiTRecipe:
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig = SamplesConfig()
+    text_padding: TextPadding = "attended"  # "masked" = nobody sees the padding of captions; "attended" = as in SD3
     latents: Literal["mean", "sample"] = "sample"  # of the autoencoder's posterior
     total_steps: int  # optimiser steps
     log_every_steps: int = 10  # optimiser steps between rows of metrics.jsonl
@@ -108,6 +119,36 @@ class DiTRecipe:
         _check_steps(self)
         if not self.text_encoders:
             raise ValueError("text_encoders is empty; name at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeRecipe:
+    """`kind: encode`."""
+
+    shards: str  # address of the pictures' data set
+    out: str  # address of the encoded data set, local or s3://; the same command goes on with it
+    image_size: int  # px, side of the square picture
+    buckets: BucketConfig | None = None  # shapes of pictures that are not square; None = squares
+    crop: Crop = "centre"  # which part of a picture that has not its bucket's shape; random = drawn once, for good
+    captions: CaptionConfig = CaptionConfig()  # all candidates are encoded, with their weights
+    autoencoder: str  # autoencoder run directory or artifact, local or s3://
+    latents: Latents = "moments"  # mean and standard deviation of the posterior, or one sample of it
+    text_encoders: tuple[TextEncoderConfig, ...]
+    text_padding: TextPadding = "attended"  # as the training recipe has it
+    text_dtype: TextDtype = "bfloat16"  # of the stored tokens; float8_e4m3fn = half the size, about 3 % error
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the autoencoder; auto: bfloat16 on GPU
+    batch_size: int = 32  # pictures per forward pass of the autoencoder
+    num_threads: int = 4  # that decode pictures, per rank
+    max_bad_fraction: float = 0.01  # share of unusable samples above which encoding stops, [0, 1]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_least(self, image_size=1, batch_size=1, num_threads=1, seed=0)
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction {self.max_bad_fraction} is a share; give a number from 0 to 1")
+        if not self.text_encoders:
+            raise ValueError("text_encoders is empty; name at least one")
+        make_buckets(self.image_size, self.buckets)
 
 
 def _check_steps(recipe: AutoencoderRecipe | DiTRecipe) -> None:

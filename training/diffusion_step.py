@@ -1,32 +1,16 @@
 """The numeric step of the diffusion stage: one function from a micro-batch to a loss."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
+from data.encoded import EncodedBatch
 from data.loader import Batch
 from models import prng
 from models.autoencoder import Autoencoder
+from models.conditioner import TextCondition, TextFeatures
 from models.diffusion import DiffusionConfig, interpolate, sample_t, target
 from models.text_encoder import Conditioner
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frozen:
-    """The networks that turn a picture and its caption into what the transformer sees; replicated, never trained."""
-
-    autoencoder: Autoencoder
-    autoencoder_fingerprint: str
-    conditioner: Conditioner
-
-    @property
-    def device(self) -> torch.device:
-        return self.autoencoder.latent_mean.device
-
-    def to(self, device: torch.device) -> None:
-        self.autoencoder.to(device)
-        self.conditioner.to(device)
+from training.frozen import Frozen
 
 
 @torch.no_grad()
@@ -44,6 +28,30 @@ def posterior_noise(autoencoder: Autoencoder, images: Tensor, numbers: Tensor, s
     return prng.normal(seed, prng.POSTERIOR, numbers, shape)
 
 
+@torch.no_grad()
+def stored_latents(autoencoder: Autoencoder, moments: Tensor, numbers: Tensor, seed: int, sample: bool) -> Tensor:
+    """Normalised latents (B, C, h, w) of what was stored: (B, 2C, h, w) moments, or (B, C, h, w), a sample already.
+
+    From moments they are the ones that `encode_images` gives, up to the rounding to bfloat16.
+    """
+    raw = moments.float()
+    if raw.shape[1] == 2 * autoencoder.config.latent_channels:
+        mean, std = raw.chunk(2, dim=1)
+        raw = mean + std * prng.normal(seed, prng.POSTERIOR, numbers, tuple(mean.shape[1:])) if sample else mean
+    return autoencoder.normalise(raw)
+
+
+def stored_text(conditioner: Conditioner, encoded: EncodedBatch, drop: Tensor, device: torch.device) -> TextCondition:
+    """The condition that the conditioner would give for the captions, from their stored features."""
+    features = []
+    for encoder in conditioner.text_encoders():
+        name = encoder.config.name
+        tokens, mask = encoded.features(name, device), encoded.masks[name].to(device, non_blocking=True)
+        pooled = encoded.pooled.get(name, torch.zeros(len(tokens), 0)).to(device, torch.float32, non_blocking=True)
+        features.append(TextFeatures(tokens, mask, pooled))
+    return conditioner.join(features, drop)
+
+
 def diffusion_step(
     dit: nn.Module,
     batch: Batch,
@@ -53,7 +61,7 @@ def diffusion_step(
     seed: int,
     sample_latents: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one micro-batch.
+    """Loss of one micro-batch of pictures and captions, or of what was encoded from them.
 
     Posterior, noise, t and CFG dropout are functions of (seed, sample number): no two ranks draw the same, and the draw
     does not depend on the number of ranks. Returns the weighted mean squared error of the velocity (Eq. 14,
@@ -63,14 +71,20 @@ def diffusion_step(
     dropout = torch.tensor(frozen.conditioner.dropout)  # (E,) probability that a condition becomes the encoder's null
     numbers = batch.sample_numbers.to(device)  # (B,)
     weights = batch.weights.to(device)  # (B,)
-    latents = encode_images(frozen.autoencoder, batch.images.to(device), numbers, seed, sample_latents)  # (B, C, h, w)
+    if batch.encoded is None:
+        latents = encode_images(frozen.autoencoder, batch.images(device), numbers, seed, sample_latents)  # (B, C, h, w)
+    else:
+        latents = stored_latents(frozen.autoencoder, batch.encoded.moments.to(device), numbers, seed, sample_latents)
     noise = prng.normal(seed, prng.NOISE, numbers, tuple(latents.shape[1:]))
     t = sample_t(diffusion, prng.uniform(seed, prng.TIME, numbers))  # (B,)
     drop = prng.uniform(seed, prng.DROPOUT, batch.sample_numbers, (len(dropout),)) < dropout  # (B, E), on the host
-    text = frozen.conditioner.encode(batch.captions, drop)
+    if batch.encoded is None:
+        text = frozen.conditioner.encode(batch.captions, drop)
+    else:
+        text = stored_text(frozen.conditioner, batch.encoded, drop, device)
 
     x_t = interpolate(diffusion, latents, noise, t)
-    prediction = dit(x_t, t, text.text_embeds, text.pooled)
+    prediction = dit(x_t, t, text.text_embeds, text.pooled, text.text_mask)
     error = (prediction.float() - target(diffusion, latents, noise, t)).square().flatten(1).mean(1)  # (B,)
     loss = (error * weights).mean()
     dropped = {

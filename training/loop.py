@@ -11,16 +11,20 @@ import platform
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.index import Index
+from data.ledger import Ledger
 from data.loader import Batch, build_loader, check_stamp
+from data.streams import Cursor, Position
 from launch.config_io import dump_yaml, read_yaml, to_dict
 from launch.runtime import PreemptionFlag, Ranks
 from training.checkpoint import Checkpointer, Groups, Snapshot
@@ -31,23 +35,27 @@ from training.metrics import Meter, Metrics
 
 # A resumed run may change these; anything else would make it another run.
 CHANGEABLE = {"total_steps", "log_every_steps", "sample_every_steps", "samples", "checkpoint", "validation_shards"}
-CHANGEABLE_NESTED = {"engine": {"zero_stage"}, "data": {"num_workers", "shards", "max_bad_fraction"}}
+# Data sets are known by their fingerprints (check_stamp), not by where they lie.
+CHANGEABLE_NESTED = {"engine": {"zero_stage"}, "data": {"num_workers", "shards", "mix", "max_bad_fraction"}}
 
 
-def check_data(recipe: AutoencoderRecipe | DiTRecipe, engine: Engine) -> None:
+def check_data(recipe: AutoencoderRecipe | DiTRecipe, engine: Engine) -> tuple[Index, ...]:
     """Refuses data that this recipe cannot be trained on, before there is a run directory that would hold it to that.
+
+    Returns:
+        The indexes of the data sets.
 
     Raises:
         DataError: no index, or its shards do not go together with streams, ranks and workers.
     """
-    build_loader(
+    loader = build_loader(
         recipe.data,
         seed=recipe.seed,
         micro_batch_size=recipe.engine.micro_batch_size,
         rank=engine.rank,
         world_size=engine.world_size,
-        first_micro_batch=0,
     )
+    return loader.indexes
 
 
 def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) -> None:
@@ -121,6 +129,7 @@ class Counters:
     images_seen: int = 0  # pictures consumed over all ranks
     micro_batches: int = 0  # consumed over all ranks: the data cursor
     bad_samples: int = 0  # masked over all ranks
+    filtered: dict[str, int] = field(default_factory=dict)  # refused over all ranks, by the rule of data.filters
     elapsed_s: float = 0.0  # training time over all attempts
 
 
@@ -158,7 +167,11 @@ class Run:
         self._wait_s = 0.0
         self._images = 0
         self._bad = 0  # on this rank, since the last row
+        self._bad_shards: Counter[str] = Counter()  # bad samples of this attempt on this rank, by shard
+        self._filtered: Counter[str] = Counter()  # on this rank, since the last row
         self._stamp: dict[str, Any] | None = None  # what the order of the data depends on
+        self._positions: dict[int, tuple[Position, ...]] = {}  # of the streams, see Cursor
+        self._ledger = Ledger(directory / "ledger", engine.rank, checkpointer.attempt)
 
     # -- resume -----------------------------------------------------------------------------------------------------
     def resume(self, snapshot: Snapshot | None, groups: Callable[[], Groups]) -> None:
@@ -170,7 +183,8 @@ class Run:
         snapshot.restore(groups())
         self.engine.set_adam_step(snapshot.state["adam_step"])
         self.counters = Counters(**snapshot.state["counters"])
-        self._stamp = snapshot.state["data"]
+        self._stamp = snapshot.state["data"]["stamp"]
+        self._positions = dict(Cursor.from_dict(snapshot.state["data"]["cursor"]).positions)
         self.metrics.say(f"resuming {self.directory} at step {self.counters.step}")
         self._set_artifact_aside()
 
@@ -190,11 +204,12 @@ class Run:
             micro_batch_size=self.recipe.engine.micro_batch_size,
             rank=self.engine.rank,
             world_size=self.engine.world_size,
-            first_micro_batch=self.counters.micro_batches,
+            cursor=Cursor(micro_batches=self.counters.micro_batches, positions=self._positions),
         )
         if self._stamp is not None:
             check_stamp(self._stamp, loader.stamp)
         self._stamp = loader.stamp
+        self._ledger.open(loader, self.recipe.data, self.counters.micro_batches, self.engine.world_size)
         return iter(loader)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -214,7 +229,10 @@ class Run:
             self._wait_s += time.perf_counter() - before
             if batch.bad:
                 self._quarantine(batch)
+            self._filtered.update(batch.filtered_by)
             yield batch
+            self._positions[batch.stream] = batch.positions
+            self._ledger.add(batch)
             images = len(batch.captions) * self.engine.world_size
             self.counters.micro_batches += self.engine.world_size
             self.counters.images_seen += images
@@ -241,6 +259,8 @@ class Run:
         seconds = time.perf_counter() - self._started_s
         self.counters.elapsed_s += seconds
         self.counters.bad_samples += round(self._sum_over_ranks(self._bad))
+        if self.recipe.data.filters:
+            self._count_filtered()
         row = {
             "step": step,
             "images_seen": self.counters.images_seen,
@@ -250,6 +270,7 @@ class Run:
             "grad_norm": self.engine.grad_norm(),
             "skipped_steps": self.engine.skipped_steps,
             "bad_samples": self.counters.bad_samples,
+            **({"filtered": self.counters.filtered} if self.counters.filtered else {}),
             "images_per_s": self._images / seconds,
             "data_wait_share": self._wait_s / seconds,
             "eta_s": self.counters.elapsed_s / step * (total_steps - step),
@@ -272,10 +293,11 @@ class Run:
         state = {
             "counters": {**vars(self.counters), "step": step},
             "adam_step": self.engine.adam_step(),
-            "data": self._stamp,
+            "data": {"stamp": self._stamp, "cursor": self._cursor().to_dict()},
             **self.describe(),
         }
         with self.not_training_time():
+            self._ledger.write(self.counters.micro_batches)  # before the commit: what it counts is on record
             self.checkpointer.save(step, groups(), state)
         if stop and step < self.recipe.total_steps:
             raise Preempted(f"preempted: {self.directory} is saved at step {step}; the same command resumes")
@@ -284,12 +306,28 @@ class Run:
         self.metrics.close()
         self.engine.close()
 
+    def _cursor(self) -> Cursor:
+        """Where the data stands on all ranks: a stream is read by the rank that its number gives. Collective."""
+        rank, world_size = self.engine.rank, self.engine.world_size
+        mine = {stream: found for stream, found in self._positions.items() if stream % world_size == rank}
+        positions = {stream: found for part in self.engine.exchange(mine) for stream, found in part.items()}
+        return Cursor(micro_batches=self.counters.micro_batches, positions=positions)
+
     # -- what goes wrong --------------------------------------------------------------------------------------------
     def _quarantine(self, batch: Batch) -> None:
         with (self.directory / f"bad_samples-{self.engine.rank}.jsonl").open("a", encoding="utf-8") as file:
             for record in batch.bad:
                 file.write(json.dumps({"step": self.counters.step, **record}) + "\n")
         self._bad += len(batch.bad)
+        self._bad_shards.update(record["shard"] for record in batch.bad)
+
+    def _count_filtered(self) -> None:
+        """Adds what all ranks' filters refused since the last row. Collective."""
+        found = sum(
+            (Counter(part) for part in self.engine.exchange(dict(self._filtered))), Counter(self.counters.filtered)
+        )
+        self.counters.filtered = dict(sorted(found.items()))
+        self._filtered.clear()
 
     def _refuse_worthless(self, step: int, loss: float) -> None:
         """Stops a run that learns nothing any more: a loss that is not finite, or too many bad samples."""
@@ -300,9 +338,10 @@ class Run:
             )
         allowed = self.recipe.data.max_bad_fraction * max(self.counters.images_seen, 1000)
         if self.counters.bad_samples > allowed:
+            worst = "".join(f", most of them in {shard}" for shard, _ in self._bad_shards.most_common(1))
             raise TrainingError(
-                f"{self.counters.bad_samples} of {self.counters.images_seen} samples could not be used, more than "
-                f"data.max_bad_fraction {self.recipe.data.max_bad_fraction}; {self.directory}/bad_samples-*.jsonl "
+                f"{self.counters.bad_samples} of {self.counters.images_seen} samples could not be used{worst}: more "
+                f"than data.max_bad_fraction {self.recipe.data.max_bad_fraction}; {self.directory}/bad_samples-*.jsonl "
                 "names them and why: mend the data, or raise the fraction"
             )
 

@@ -1,7 +1,7 @@
 """The autoencoder stage: a VAE with a PatchGAN discriminator; ends with weights and measured latent statistics."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.index import Index, load_index
 from data.loader import iterate_once
 from data.object_store import fetch_tree
-from data.shards import load_index
 from launch.runtime import Ranks, ranks
 from models.autoencoder import Autoencoder, save_autoencoder
 from models.discriminator import Discriminator
@@ -22,6 +22,7 @@ from training.config import AutoencoderRecipe
 from training.diffusion_step import posterior_noise
 from training.ema import EMA
 from training.engine import Engine, Replica
+from training.errors import TrainingError
 from training.hooks import write_grid
 from training.loop import Run, check_data, open_run_directory
 from training.losses import psnr_db
@@ -37,7 +38,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     """
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
-    check_data(recipe, engine)
+    refuse_encoded(check_data(recipe, engine))
     if recipe.validation_shards:
         load_index(recipe.validation_shards)
     perceptual = _perceptual(recipe, process)
@@ -94,7 +95,7 @@ def loop(
         rate = learning_rate(recipe.schedule, recipe.optim.learning_rate, step, recipe.total_steps)
         engine.set_learning_rate(rate)
         for micro, batch in enumerate(run.micro_batches(loader)):
-            images, weights = batch.images.to(engine.device), batch.weights.to(engine.device)
+            images, weights = batch.images(engine.device), batch.weights.to(engine.device)
             numbers = batch.sample_numbers.to(engine.device)
             eps = posterior_noise(autoencoder, images, numbers, recipe.seed)
             with engine.accumulate():
@@ -126,10 +127,17 @@ def loop(
         run.save_if_due(groups)
 
 
+def refuse_encoded(indexes: Iterable[Index]) -> None:
+    """Raises TrainingError for a data set of latents: an autoencoder learns from pictures."""
+    for index in indexes:
+        if index.encoding is not None:
+            raise TrainingError(f"{index.url} holds encoded samples; give the pictures that they were made of")
+
+
 def draw(recipe: AutoencoderRecipe, engine: Engine, autoencoder: Autoencoder, path: Path) -> None:
     """Eight pictures above their reconstructions by the averaged weights (rank 0)."""
     if engine.rank == 0:
-        shards = recipe.validation_shards or recipe.data.shards
+        shards = recipe.validation_shards or recipe.data.sources[0].shards
         images = torch.stack([sample[1] for sample in iterate_once(shards, recipe.data.image_size, limit=8)])
         decoded = reconstruct(autoencoder, images.to(engine.device)).cpu()
         write_grid((torch.cat([images, decoded]) + 1) / 2, path, columns=8)
@@ -163,19 +171,21 @@ def finish(recipe: AutoencoderRecipe, run: Run, engine: Engine, autoencoder: Aut
 
 @torch.no_grad()
 def measure_statistics(recipe: AutoencoderRecipe, engine: Engine, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation of raw posterior samples over the first pictures of the training shards.
+    """Per-channel mean and standard deviation of raw posterior samples over the first pictures of each data set.
 
     The variance is that of the sampled latent: Var[μ] + E[σ²]. Every rank encodes its share; sums are float64.
     """
     channels = recipe.model.latent_channels
     sums = torch.zeros(3, channels, dtype=torch.float64, device=engine.device)  # Σμ, Σ(μ² + σ²), count
-    mine = range(engine.rank, recipe.statistics_images, engine.world_size)
-    for images in _batches(recipe.data.shards, recipe, mine, engine.device):
-        posterior = autoencoder.encode(images)
-        mu = posterior.mean.double()
-        sums[0] += mu.sum((0, 2, 3))
-        sums[1] += (mu.square() + posterior.logvar.double().exp()).sum((0, 2, 3))
-        sums[2] += mu[:, 0].numel()
+    weights = sum(source.weight for source in recipe.data.sources)
+    for source in recipe.data.sources:
+        count = max(1, round(recipe.statistics_images * source.weight / weights))
+        for images in _batches(source.shards, recipe, range(engine.rank, count, engine.world_size), engine.device):
+            posterior = autoencoder.encode(images)
+            mu = posterior.mean.double()
+            sums[0] += mu.sum((0, 2, 3))
+            sums[1] += (mu.square() + posterior.logvar.double().exp()).sum((0, 2, 3))
+            sums[2] += mu[:, 0].numel()
     sums = engine.mean(sums)
     mean = sums[0] / sums[2]
     return mean.float(), (sums[1] / sums[2] - mean.square()).sqrt().float()

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from data.object_store import fetch_tree
 from launch.runtime import ranks
 from models.artifact import config_to_dict
 from models.autoencoder import load_autoencoder, save_autoencoder
@@ -12,10 +11,11 @@ from models.pipeline import TextToImage
 from models.text_encoder import Conditioner
 from training.checkpoint import Checkpointer, Groups
 from training.config import DiTRecipe
-from training.diffusion_step import Frozen, diffusion_step
+from training.diffusion_step import diffusion_step
 from training.ema import EMA
 from training.engine import Engine
 from training.errors import TrainingError
+from training.frozen import Frozen, check_encodings, load_frozen
 from training.hooks import sample_grid
 from training.loop import Run, check_data, open_run_directory
 from training.schedule import learning_rate
@@ -30,9 +30,10 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     """
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
-    check_data(recipe, engine)
+    indexes = check_data(recipe, engine)
     frozen = load_frozen(recipe)
     dit_config = dit_config_of(recipe, frozen)
+    check_encodings(recipe, frozen, indexes)
     open_run_directory(directory, recipe, "dit", process)
 
     dit = DiT(dit_config)
@@ -42,7 +43,8 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     if snapshot is not None:
         snapshot.load_module(dit)  # before the engine shards it
     engine.shard(dit, recipe.optim)
-    frozen.to(engine.device)
+    # Stored features need the text encoders for the null condition and the sample grids alone: no GPU memory for that.
+    frozen.to(engine.device, text=any(index.encoding is None for index in indexes))
     keep_frozen(frozen, directory, engine)
     ema = EMA(recipe.ema, engine.weight_fragments())
 
@@ -101,31 +103,6 @@ def loop(
             with run.not_training_time():
                 draw(run.directory / "samples" / f"step-{step + 1:08d}.png")
         run.save_if_due(groups)
-
-
-def load_frozen(recipe: DiTRecipe) -> Frozen:
-    """The autoencoder artifact and the text encoders that the recipe names, on the CPU.
-
-    Raises:
-        TrainingError: the autoencoder is not there, or its downsampling does not fit the picture size.
-    """
-    source = fetch_tree(recipe.autoencoder)
-    folder = source / "artifact" if (source / "run.yaml").exists() else source
-    if not folder.is_dir():
-        raise TrainingError(
-            f"autoencoder {recipe.autoencoder} has no finished artifact; run `darkroom train autoencoder` to its end "
-            "or name an artifact folder"
-        )
-    autoencoder, fingerprint = load_autoencoder(folder)
-    side = autoencoder.config.downsampling * recipe.model.patch_size
-    if recipe.data.image_size % side:
-        raise TrainingError(
-            f"data.image_size {recipe.data.image_size} is not a multiple of {side} "
-            f"(downsampling {autoencoder.config.downsampling} x patch_size {recipe.model.patch_size}); "
-            "change one of them"
-        )
-    conditioner = Conditioner(recipe.text_encoders)
-    return Frozen(autoencoder=autoencoder, autoencoder_fingerprint=fingerprint, conditioner=conditioner)
 
 
 def dit_config_of(recipe: DiTRecipe, frozen: Frozen) -> DiTConfig:

@@ -4,39 +4,38 @@ import os
 
 import pytest
 
-from data.object_store import put_tree
+from data.object_store import S3Store, put_tree
 from tests.helpers.command import darkroom
+from tests.helpers.fault_proxy import Fault, FaultProxy
+from tests.helpers.s3_servers import moto_server, use_endpoint
 from training.metrics import read_metrics
 
-moto = pytest.importorskip("moto.server")
+FAULTS = (
+    Fault("reset", method="GET", path=".tar", after_bytes=2000, times=3),
+    Fault("503", method="GET", path=".tar", first=5),
+    Fault("cut", method="GET", path=".safetensors", after_bytes=5000),
+    Fault("500", method="PUT", path=".safetensors", times=2),
+    Fault("lost_answer", method="PUT", path="manifest.json", times=2),
+)
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    import boto3
-
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    variables = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
-        "AWS_SECRET_ACCESS_KEY": "canary-secret-of-the-test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="lab")
-    yield "s3://lab"
-    server.stop()
+def proxy(monkeypatch):
+    """Stands before a server with the bucket "lab"."""
+    with moto_server() as server, FaultProxy(server) as started:
+        use_endpoint(monkeypatch, started.url, secret="canary-secret-of-the-test")
+        S3Store("lab").client.create_bucket(Bucket="lab")
+        yield started
 
 
-def test_killed_run_resumes_from_the_bucket_with_the_same_curve(world, bucket, tmp_path):
+def test_killed_run_resumes_from_the_bucket_with_the_same_curve(world, proxy, tmp_path):
+    bucket = "s3://lab"
     put_tree(world.data / "train", f"{bucket}/train")
     local, remote = tmp_path / "local", tmp_path / "remote"
     base = ("train", "dit", world.dit, "--nproc", 2)
     assert darkroom(*base, "--run", local).code == 0
     there = (*base, "--run", remote, f"data.shards={bucket}/train", f"checkpoint.url={bucket}/run/checkpoints")
+    proxy.plan(*FAULTS)
     assert darkroom(*there, die="log:6:0").code != 0
     resumed = darkroom(*there)
     assert resumed.code == 0, resumed.err
@@ -46,6 +45,7 @@ def test_killed_run_resumes_from_the_bucket_with_the_same_curve(world, bucket, t
         for run in (local, remote)
     ]
     assert rows[0] == rows[1]
+    assert {seen.fault for seen in proxy.seen} == {"", *(fault.kind for fault in FAULTS)}
     assert not (remote / "checkpoints").exists()
     listing = darkroom("checkpoint", "ls", f"{bucket}/run/checkpoints")
     assert listing.code == 0 and "4" in listing.out and "8" in listing.out

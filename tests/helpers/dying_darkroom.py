@@ -2,6 +2,7 @@
 
 DARKROOM_TEST_DIE=log:6:1     rank 1, after the row of step 6 is due
 DARKROOM_TEST_DIE=upload:8:0  rank 0, while the files of the checkpoint of step 8 are being put
+DARKROOM_TEST_DIE=shard:5:1   rank 1, between the tar and the sidecar of shard 5
 """
 
 import os
@@ -36,7 +37,7 @@ def arm(where: str, step: int, rank: int) -> None:
 
         def put_and_die(self: LocalStore, path: object, key: str) -> None:
             put(self, path, key)  # type: ignore[arg-type]
-            if key.startswith(f"step-{step:08d}/"):
+            if key.startswith(f"step-{step:08d}/") or (where == "shard" and key.endswith(f"-{step:06d}.tar")):
                 _die()
 
         LocalStore.put_file = put_and_die  # type: ignore[method-assign]

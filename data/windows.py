@@ -1,0 +1,245 @@
+"""One stream's micro-batches: reads its blocks, leaves out what the filters refuse, and cuts windows into buckets.
+
+A window holds a fixed number of micro-batches' samples, in the stream's order. Samples of one bucket make micro-batches
+among themselves; what is left over in the window joins its neighbours (data.buckets.group_window), so a window comes
+out even: no sample waits for a rare bucket, none is dropped, and the window is the same whoever reads it. The contract
+is docs/order.md.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.buckets import Size, assign_buckets, group_window
+from data.decode import BadImage
+from data.encoded import Encoding, unpack_sample
+from data.errors import DataError
+from data.filters import FilterRule, first_failed
+from data.index import Index, load_rows
+from data.keyed_random import keyed_permutation
+from data.shard_reader import RawSample, read_rows
+from data.streams import (
+    Block,
+    Order,
+    Position,
+    block_samples,
+    pack_visits,
+    shard_starts,
+    stream_blocks,
+    window_shares,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """One data set of the mix."""
+
+    index: Index
+    order: Order
+    weight: float
+    encoding: Encoding | None  # of latents and text features; None = pictures and captions
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """How windows are cut."""
+
+    seed: int
+    micro_batch_size: int  # B
+    micro_batches: int  # of a window
+    buckets: tuple[Size, ...]  # picture shapes that a picture may be brought to
+    filters: tuple[FilterRule, ...]
+
+
+class Item(NamedTuple):
+    """One visit to one sample."""
+
+    visit: int  # packed, see data.streams
+    data_set: DataSet
+    shard: int  # number in the index
+    sample: RawSample
+    size: Size  # of the picture as displayed, (0, 0) if unreadable; of an encoded sample, what was encoded
+
+
+class MicroBatch(NamedTuple):
+    """B visits of one shape and one kind."""
+
+    shape: Size  # px
+    items: list[Item]
+    positions: tuple[Position, ...]  # where the stream's window begins once this micro-batch is behind
+    filtered: np.ndarray  # (F,) packed visits refused by a filter since the last micro-batch that came out
+    filtered_by: dict[str, int]  # rule: count
+
+
+class StreamReader:
+    """Yields, endlessly, the micro-batches of one stream from its number `first` on.
+
+    Args:
+        sets: the mix.
+        stream: which stream.
+        first: its micro-batches that are behind.
+        positions: where its present window begins in each set.
+        config: how windows are cut.
+        pool: reads blocks ahead.
+    """
+
+    def __init__(
+        self,
+        sets: tuple[DataSet, ...],
+        stream: int,
+        first: int,
+        positions: tuple[Position, ...],
+        config: WindowConfig,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self._sets, self._stream, self._config = sets, stream, config
+        self._window, self._skip = divmod(first, config.micro_batches)
+        self._sources = [
+            _Source(data_set, stream, position, config.filters, pool)
+            for data_set, position in zip(sets, positions, strict=True)
+        ]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        while True:
+            begin = tuple(source.position for source in self._sources)
+            batches = self._next_window()
+            end = tuple(source.position for source in self._sources)
+            refused = [source.take_filtered() for source in self._sources]
+            filtered = np.concatenate([visits for visits, _ in refused])
+            counts = sum((count for _, count in refused), Counter[str]())
+            batches.reverse()
+            while batches:
+                shape, items = batches.pop()
+                if self._skip:
+                    self._skip -= 1
+                else:
+                    yield MicroBatch(shape, items, begin if batches else end, filtered, dict(counts))
+                filtered, counts = filtered[:0], Counter[str]()  # a resume inside the window has counted them
+            self._window += 1
+
+    def _next_window(self) -> list[tuple[Size, list[Item]]]:
+        config = self._config
+        weights = [data_set.weight for data_set in self._sets]
+        num_streams = self._sets[0].order.num_streams
+        shares = window_shares(weights, config.micro_batches, self._window, self._stream, num_streams)
+        taken = [
+            source.take(share * config.micro_batch_size) for source, share in zip(self._sources, shares, strict=True)
+        ]
+        batches = []
+        for encoded in (False, True):
+            kind = [
+                items
+                for data_set, items in zip(self._sets, taken, strict=True)
+                if (data_set.encoding is not None) == encoded
+            ]
+            batches += self._group(kind, encoded)
+        if len({shape for shape, _ in batches}) > 1 or len(self._sets) > 1:
+            order = keyed_permutation(len(batches), config.seed, "window", self._stream, self._window)
+            batches = [batches[place] for place in order]
+        return batches
+
+    def _group(self, taken: list[list[Item]], encoded: bool) -> list[tuple[Size, list[Item]]]:
+        items = [item for part in taken for item in part]
+        if not items:
+            return []
+        if len(taken) > 1:  # sets of one kind share micro-batches
+            mix = keyed_permutation(len(items), self._config.seed, "mix", self._stream, self._window, int(encoded))
+            items = [items[place] for place in mix]
+        sizes = [item.size for item in items]
+        if not encoded:
+            widths, heights = np.array(sizes).T
+            sizes = [self._config.buckets[b] for b in assign_buckets(widths, heights, self._config.buckets)]
+        groups = group_window(sizes, self._config.micro_batch_size, fixed=encoded)
+        return [(shape, [items[place] for place in places]) for shape, places in groups]
+
+
+class _Source:
+    """The samples of one set that a stream visits and the filters keep, one block read ahead."""
+
+    def __init__(
+        self,
+        data_set: DataSet,
+        stream: int,
+        position: Position,
+        filters: tuple[FilterRule, ...],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.position = position  # behind the last sample taken
+        self._set, self._stream, self._filters, self._pool = data_set, stream, filters, pool
+        self._starts = shard_starts(data_set.order.shard_samples)
+        self._blocks = stream_blocks(data_set.order, stream, position)
+        self._ahead: tuple[Block, list[Future[list[RawSample]]]] | None = None
+        self._block: Block | None = None
+        self._items: list[Item] = []  # of the present block, the next one last
+        self._filtered: list[int] = []
+        self._counts: Counter[str] = Counter()
+
+    def take(self, count: int) -> list[Item]:
+        """Takes the next `count` samples that the filters keep."""
+        kept: list[Item] = []
+        refused = 0
+        while len(kept) < count:
+            if not self._items:
+                self._next_block()
+            item = self._items.pop()
+            assert self._block is not None
+            done = self._block.first + len(self._block.places) - len(self._items)
+            self.position = (self._block.epoch, done)
+            rule = first_failed(self._filters, _meta(item), *item.size) if self._filters else None
+            if rule is None:
+                kept.append(item)
+                refused = 0
+                continue
+            self._filtered.append(item.visit)
+            self._counts[rule] += 1
+            refused += 1
+            if refused > 2 * self._starts[-1]:
+                raise DataError(
+                    f"{self._set.index.url}: data.filters refused {refused} samples in a row, twice the data set "
+                    f"(mostly {self._counts.most_common(1)[0][0]!r}); loosen them"
+                )
+        return kept
+
+    def take_filtered(self) -> tuple[np.ndarray, Counter[str]]:
+        """Returns the visits refused since the last call, (F,) int64, and how many each rule refused."""
+        found = np.array(self._filtered, dtype=np.int64), self._counts
+        self._filtered, self._counts = [], Counter()
+        return found
+
+    def _next_block(self) -> None:
+        block, reading = self._ahead or self._read_ahead()
+        samples = [sample for part in reading for sample in part.result()]
+        shards: list[int] = []
+        sizes: list[Size] = []
+        for shard, first, last in block.spans:
+            rows = load_rows(self._set.index, shard)
+            shards += [shard] * (last - first)
+            sizes += zip(rows.widths[first:last], rows.heights[first:last], strict=True)
+        visits = pack_visits(self._set.order.set_number, block.epoch, block_samples(block, self._starts)).tolist()
+        self._items = [
+            Item(visit, self._set, shards[place], samples[place], sizes[place])
+            for visit, place in zip(visits, block.places.tolist(), strict=True)
+        ]
+        self._items.reverse()
+        self._block = block
+        self._ahead = self._read_ahead()
+
+    def _read_ahead(self) -> tuple[Block, list[Future[list[RawSample]]]]:
+        """Starts to read the next block, all its shards at once."""
+        block = next(self._blocks)
+        return block, [self._pool.submit(read_rows, self._set.index, *span) for span in block.spans]
+
+
+def _meta(item: Item) -> dict[str, Any]:
+    """The JSON that filters look at; a damaged encoded sample has none, and is reported when its turn comes."""
+    encoding = item.data_set.encoding
+    if encoding is None:
+        return item.sample.meta
+    try:
+        return unpack_sample(item.sample.image, encoding).meta
+    except BadImage:
+        return {}
