@@ -33,6 +33,11 @@ _JPEG = b"\xff\xd8"
 _DAMAGE = re.compile(r"Premature end|Corrupt JPEG data(?!: \d extraneous bytes before marker 0xd9)")
 
 
+# read_header has its own limit of pixels, and odd metadata is nobody's concern. For the whole process, as silencing
+# single calls (warnings.catch_warnings) is not safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\b")
+
+
 class BadImage(Exception):
     """One picture that cannot be used; its text says why. The caller masks, skips or refuses the sample."""
 
@@ -202,14 +207,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _every_failure_is_a_bad_image() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # read_header has its own limit, and odd metadata is nobody's concern
-        try:
-            yield
-        except BadImage:
-            raise
-        except Exception as error:  # the parsers raise whatever they trip over
-            raise BadImage(_reason(error)) from error
+    try:
+        yield
+    except BadImage:
+        raise
+    except Exception as error:  # the parsers raise whatever they trip over
+        raise BadImage(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

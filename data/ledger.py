@@ -9,6 +9,7 @@ epoch was consumed exactly once.
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,8 +137,11 @@ class Ledger:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def read_attempts(folder: Path) -> tuple[list[Attempt], list[str]]:
-    """Reads attempts.jsonl: the attempts in the order of their starts, and a line for each one that is damaged.
+def read_attempts(folder: Path) -> list[Attempt]:
+    """Reads attempts.jsonl: the attempts in the order of their starts.
+
+    A line that cannot be read is passed over: a power cut may have torn it, and then its attempt recorded nothing.
+    `data.ledger_check` tells of files of an attempt without a line.
 
     Raises:
         DataError: the run has no record.
@@ -148,18 +152,16 @@ def read_attempts(folder: Path) -> tuple[list[Attempt], list[str]]:
             f"{path}: no such file, so there is no record of what the run consumed; give the directory of a run that "
             "was trained with one"
         )
-    attempts, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        try:
+    attempts = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, TypeError, KeyError):
             fields = json.loads(line)
             attempts.append(Attempt(**fields | {"data_sets": tuple(fields["data_sets"])}))
-        except (ValueError, TypeError, KeyError):
-            problems.append(f"{path}, line {number}: damaged")
     if not attempts:
         raise DataError(f"{path}: names no attempt that can be read; restore it")
     if found := next((a.format_version for a in attempts if a.format_version != FORMAT_VERSION), None):
         raise DataError(f"{path}: format {found}, known is {FORMAT_VERSION}; update darkroom")
-    return attempts, problems
+    return attempts
 
 
 def list_records(folder: Path) -> tuple[list[RecordFile], list[str]]:

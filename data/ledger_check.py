@@ -86,9 +86,9 @@ def check_ledger(folder: Path, shards: Sequence[str] = (), checkpoints: str | No
     Raises:
         DataError: there is no record, or the data sets or the version of the order are not those of the run.
     """
-    attempts, problems = read_attempts(folder)
-    files, strangers = list_records(folder)
-    problems += strangers + _attempt_problems(folder, attempts, files)
+    attempts = read_attempts(folder)
+    files, problems = list_records(folder)
+    problems += _attempt_problems(folder, attempts, files)
     try:
         plan = make_plan(attempts[-1], shards)
     except (KeyError, TypeError, AttributeError) as error:

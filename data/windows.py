@@ -177,32 +177,40 @@ class _Source:
         self._items: list[Item] = []  # of the present block, the next one last
         self._filtered: list[int] = []
         self._counts: Counter[str] = Counter()
+        self._refused = 0  # in a row
 
     def take(self, count: int) -> list[Item]:
         """Takes the next `count` samples that the filters keep."""
         kept: list[Item] = []
-        refused = 0
         while len(kept) < count:
             if not self._items:
                 self._next_block()
-            item = self._items.pop()
+            if self._filters:
+                item = self._items.pop()
+                if self._keeps(item):
+                    kept.append(item)
+            else:
+                rest = max(0, len(self._items) - (count - len(kept)))
+                kept += reversed(self._items[rest:])
+                del self._items[rest:]
             assert self._block is not None
-            done = self._block.first + len(self._block.places) - len(self._items)
-            self.position = (self._block.epoch, done)
-            rule = first_failed(self._filters, _meta(item), *item.size) if self._filters else None
-            if rule is None:
-                kept.append(item)
-                refused = 0
-                continue
-            self._filtered.append(item.visit)
-            self._counts[rule] += 1
-            refused += 1
-            if refused > 2 * self._starts[-1]:
-                raise DataError(
-                    f"{self._set.index.url}: data.filters refused {refused} samples in a row, twice the data set "
-                    f"(mostly {self._counts.most_common(1)[0][0]!r}); loosen them"
-                )
+            self.position = (self._block.epoch, self._block.first + len(self._block.places) - len(self._items))
         return kept
+
+    def _keeps(self, item: Item) -> bool:
+        rule = first_failed(self._filters, _meta(item), *item.size)
+        if rule is None:
+            self._refused = 0
+            return True
+        self._filtered.append(item.visit)
+        self._counts[rule] += 1
+        self._refused += 1
+        if self._refused > 2 * self._starts[-1]:
+            raise DataError(
+                f"{self._set.index.url}: data.filters refused {self._refused} samples in a row, twice the data set "
+                f"(mostly {self._counts.most_common(1)[0][0]!r}); loosen them"
+            )
+        return False
 
     def take_filtered(self) -> tuple[np.ndarray, Counter[str]]:
         """Returns the visits refused since the last call, (F,) int64, and how many each rule refused."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from data.errors import DataError
 from data.index import Index
 from data.ledger import Ledger
 from data.loader import Batch, build_loader, check_stamp
@@ -297,7 +298,7 @@ class Run:
             **self.describe(),
         }
         with self.not_training_time():
-            self._ledger.write(self.counters.micro_batches)  # before the commit: what it counts is on record
+            self._write_ledger()  # before the commit: what it counts is on record
             self.checkpointer.save(step, groups(), state)
         if stop and step < self.recipe.total_steps:
             raise Preempted(f"preempted: {self.directory} is saved at step {step}; the same command resumes")
@@ -305,6 +306,17 @@ class Run:
     def close(self) -> None:
         self.metrics.close()
         self.engine.close()
+
+    def _write_ledger(self) -> None:
+        """An error on one rank is an error on all. Collective."""
+        error = None
+        try:
+            self._ledger.write(self.counters.micro_batches)
+        except DataError as caught:
+            error = str(caught)
+        for found in self.engine.exchange(error):
+            if found:
+                raise TrainingError(found)
 
     def _cursor(self) -> Cursor:
         """Where the data stands on all ranks: a stream is read by the rank that its number gives. Collective."""

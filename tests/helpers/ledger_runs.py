@@ -26,6 +26,7 @@ class Start:
     steps: int  # that are committed, the last of them by the last commit
     lost_steps: int = 0  # behind it, before the kill
     torn: int = 0  # ranks that have written their record of the lost steps when the kill comes
+    forgets: bool = False  # where its streams stood, as a faulty resume might
 
 
 def unequal_shards(folder: Path, samples: Sequence[int], scale: int = 1) -> str:
@@ -58,6 +59,9 @@ def simulate(
     cursor = Cursor()
     seen: dict[int, list[int]] = {}
     for number, start in enumerate(starts):
+        if start.forgets:
+            begun = {stream: ((0, 0),) * len(found) for stream, found in cursor.positions.items()}
+            cursor = Cursor(micro_batches=cursor.micro_batches, positions=begun)
         places = [{"rank": rank, "world_size": start.world_size} for rank in range(start.world_size)]
         fixed = {"seed": 3, "micro_batch_size": micro_batch_size, "cursor": cursor}
         loaders = [build_loader(config, **fixed, **place) for place in places]

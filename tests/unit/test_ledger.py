@@ -20,7 +20,7 @@ from data.filters import FilterRule
 from data.ledger_check import Verdict, check_ledger
 from data.ledger_judge import compare
 from data.loader import LoaderConfig, MixConfig
-from data.streams import unpack_visits
+from data.streams import ALGORITHM_VERSION, unpack_visits
 from tests.helpers.ledger_runs import Start, simulate, unequal_shards
 
 B, PER_STEP = 3, 4
@@ -218,6 +218,13 @@ def test_a_sample_before_its_turn_in_the_window_at_the_end(run: Callable[[str], 
     assert any("which is in no shard" in line for line in verdict.samples)
 
 
+def test_a_resume_at_the_wrong_place(configs: dict[str, LoaderConfig], tmp_path: Path) -> None:
+    starts = [Start(world_size=2, steps=8), Start(world_size=1, steps=8, forgets=True)]
+    simulate(tmp_path, configs["filtered"], starts, micro_batch_size=B, per_step=PER_STEP)
+    verdict = dirty(tmp_path)
+    assert not verdict.problems and all(count > 0 for count in totals(verdict))
+
+
 def test_a_refused_sample_that_is_forgotten(run: Callable[[str], Path]) -> None:
     folder = run("filtered")
     path = folder / "try-0" / "000000000000-000000000008-rank-00000.safetensors"
@@ -269,16 +276,12 @@ def test_damaged_files(run: Callable[[str], Path]) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     (folder / "try-2" / "notes.txt").write_text("mine")
-    text = (folder / "attempts.jsonl").read_text()
-    (folder / "attempts.jsonl").write_text(text + '{"attempt": "torn')
     problems = dirty(folder).problems
-    assert f"{folder / 'attempts.jsonl'}, line 4: damaged" in problems
     assert f"{folder / 'try-2' / 'notes.txt'}: no file of a record has this name" in problems
     assert sum(problem.startswith(f"{path}: cannot be read") for problem in problems) == 1
     assert "attempt try-2, rank 0: micro-batches 52 to 59 (8) not recorded" in problems
 
     (folder / "try-2" / "notes.txt").unlink()
-    (folder / "attempts.jsonl").write_text(text)
     for change in (
         lambda tensors: tensors.update(numbers=tensors["numbers"] + 1),
         lambda tensors: tensors.update(numbers=tensors["numbers"][::-1]),
@@ -334,8 +337,8 @@ def test_moved_and_other_data(
     with pytest.raises(DataError, match="no record of what the run consumed; give the directory"):
         check_ledger(tmp_path / "nothing")
     text = (folder / "attempts.jsonl").read_text()
-    (folder / "attempts.jsonl").write_text(text.replace('"algorithm_version": 2', '"algorithm_version": 1'))
-    with pytest.raises(DataError, match="version 1 of the order, known is 2"):
+    (folder / "attempts.jsonl").write_text(text.replace('"algorithm_version": ', '"algorithm_version": 1'))
+    with pytest.raises(DataError, match=f"version 1{ALGORITHM_VERSION} of the order, known is {ALGORITHM_VERSION}"):
         check_ledger(folder)
     (folder / "attempts.jsonl").write_text(text.replace('"num_streams"', '"streams"'))
     with pytest.raises(DataError, match="attempt try-2 is damaged; restore the file"):
@@ -364,7 +367,8 @@ def test_what_is_written(run: Callable[[str], Path]) -> None:
 def test_a_torn_line_stays_alone(configs: dict[str, LoaderConfig], tmp_path: Path) -> None:
     (tmp_path / "attempts.jsonl").write_text('{"attempt": "torn')
     simulate(tmp_path, configs["plain"], [Start(world_size=1, steps=2)], micro_batch_size=B, per_step=PER_STEP)
-    assert check_ledger(tmp_path).problems == [f"{tmp_path / 'attempts.jsonl'}, line 1: damaged"]
+    verdict = check_ledger(tmp_path)
+    assert verdict.clean and [attempt["attempt"] for attempt in verdict.attempts] == ["try-0"]
 
 
 @settings(max_examples=200, deadline=None)

@@ -224,7 +224,8 @@ def test_data_behind_the_end_is_another_size(tmp_path: Path, data: bytes) -> Non
 
 
 @pytest.mark.parametrize(
-    ("span", "kept"), [(1 << 20, slice(0, 2)), (1 << 20, slice(1, 3)), (1 << 20, slice(0, 0)), (1, slice(0, 0))]
+    ("span", "kept"),
+    [(1 << 20, slice(0, 2)), (1 << 20, slice(1, 3)), (1 << 20, slice(None, None, -1)), (1, slice(0, 0))],
 )
 def test_samples_that_webdataset_would_leave_out_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: int, kept: slice
