@@ -3,8 +3,8 @@
 Everything the order does is a pure function of integers, so what a rank of such a run would do at its start can be done
 here: read the index, deal the shards, find its streams' first blocks, cut their first windows into buckets. Pictures
 and sidecars are made up. Rows: CPU time of that per rank (ms), and the bytes of the cursor in a checkpoint. Asserted
-before: every shard is dealt once per epoch, ranks and workers differ by at most one micro-batch, and a rank that starts
-in the middle begins exactly where the micro-batches before it end.
+before: every shard is dealt once per epoch, streams keep pace over epochs, ranks and workers differ by at most one
+micro-batch, and a rank that starts in the middle begins exactly where the micro-batches before it end.
 """
 
 import argparse
@@ -87,16 +87,23 @@ def check_balance() -> None:
         assert {number % RANKS for number in mine} == {rank} and len({number % STREAMS for number in mine}) == 1
 
 
-def check_epoch(order: Order) -> tuple[int, int]:
-    """Every shard is dealt once; returns the fewest and the most samples of a stream."""
-    dealt = np.zeros(SHARDS, np.int64)
-    samples = []
-    for stream in range(STREAMS):
-        hand = stream_hand(order, stream, 1)
-        dealt[[shard for shard, _, _ in hand]] += 1
-        samples.append(sum(last - first for _, first, last in hand))
-    assert (dealt == 1).all()
-    return min(samples), max(samples)
+def check_epochs(order: Order, epochs: int = 4) -> tuple[int, int]:
+    """In each epoch every shard is dealt once, and in all of them together no stream gets more than one card more.
+
+    Returns:
+        The fewest and the most samples of a stream over these epochs.
+    """
+    cards, samples = np.zeros(STREAMS, np.int64), np.zeros(STREAMS, np.int64)
+    for epoch in range(epochs):
+        dealt = np.zeros(SHARDS, np.int64)
+        for stream in range(STREAMS):
+            hand = stream_hand(order, stream, epoch)
+            dealt[[shard for shard, _, _ in hand]] += 1
+            cards[stream] += len(hand)
+            samples[stream] += sum(last - first for _, first, last in hand)
+        assert (dealt == 1).all()
+    assert np.ptp(cards) <= 1
+    return int(samples.min()), int(samples.max())
 
 
 def check_resume(order: Order) -> None:
@@ -117,12 +124,12 @@ def simulate(arguments: argparse.Namespace) -> list[Row]:
         made_up_index(url, rng)
         order = order_of(load_index(url))
         check_balance()
-        fewest, most = check_epoch(order)
+        fewest, most = check_epochs(order)
         check_resume(order)
         times = [start_rank(url, int(rank), sizes) for rank in rng.integers(0, RANKS, arguments.rounds)]
     positions = {stream: ((11, int(offset)),) for stream, offset in enumerate(rng.integers(0, 4000, STREAMS))}
     cursor = json.dumps(Cursor(micro_batches=STREAMS * 12_345, positions=positions).to_dict())
-    print(f"{SHARDS:,} shards, {STREAMS:,} streams: {fewest:,} to {most:,} samples per stream and epoch\n")
+    print(f"{SHARDS:,} shards, {STREAMS:,} streams: {fewest:,} to {most:,} samples per stream in four epochs\n")
     start = Row(
         name="start",
         ours=1000 * statistics.median(times),

@@ -14,6 +14,8 @@ Size = tuple[int, int]
 # Shapes whose areas differ by less than this factor count as one resolution: rounding to `multiple` costs a bucket up
 # to a quarter of its area, while resolutions worth having apart differ by far more.
 _SAME_RESOLUTION = 0.7
+_MAX_RESOLUTION = 8000  # px; no picture larger than its square is ever decoded (data.decode)
+_MAX_SHAPES = 10_000  # of one resolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +51,20 @@ def make_buckets(image_size: int, config: BucketConfig | None) -> tuple[Size, ..
         ValueError: a resolution that is no multiple of `multiple`.
     """
     if config is None:
+        _check_resolution(image_size, 1)
         return ((image_size, image_size),)
     buckets: dict[Size, None] = {}  # keeps order; two resolutions may share an extreme shape
     for resolution in sorted(config.resolutions or (image_size,)):
         _check_resolution(resolution, config.multiple)
-        shapes = set()
+        shapes: set[Size] = set()
         for long in range(resolution, resolution**2 // config.multiple + 1, config.multiple):
             short = resolution**2 // long // config.multiple * config.multiple
             if long > config.max_aspect_ratio * short:
                 break
+            if len(shapes) > _MAX_SHAPES:
+                raise ValueError(
+                    f"multiple={config.multiple}: more than {_MAX_SHAPES} buckets of resolution {resolution}; raise it"
+                )
             shapes |= {(long, short), (short, long)}
         buckets |= dict.fromkeys(sorted(shapes, key=_aspect))
     return tuple(buckets)
@@ -146,6 +153,8 @@ def group_window(own: Sequence[Size] | np.ndarray, micro_batch_size: int, fixed:
 def _check_resolution(resolution: int, multiple: int) -> None:
     if resolution < 1 or resolution % multiple:
         raise ValueError(f"resolution {resolution} is no multiple of multiple={multiple}; change one of them")
+    if resolution > _MAX_RESOLUTION:
+        raise ValueError(f"resolution {resolution} is more than {_MAX_RESOLUTION} px; lower it")
 
 
 def _aspect(size: Size) -> float:

@@ -20,6 +20,7 @@ from data.tar_scan import Rows, Scan
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
+STAMP = "encoding.json"  # of a set that `darkroom encode` makes: written first, where the index is written last
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _CACHED_SIDECARS = 64  # of a process; about 1 MiB for each 10,000 samples
 
@@ -64,6 +65,8 @@ def load_index(url: str) -> Index:
     store = open_store(url)
     place = join(store.url, INDEX)
     if not store.exists(INDEX):
+        if store.exists(STAMP):
+            raise DataError(f"{place}: missing, as not every shard is encoded; run the same `darkroom encode` again")
         raise DataError(f"{place}: no such file; make it with `darkroom data index {url}`")
     remedy = f"delete it and run `darkroom data index {url}`, or `darkroom encode` again if its samples are encoded"
     fields = _read_json(store, INDEX, remedy)

@@ -1,10 +1,14 @@
 """The training loader: micro-batches in the order of data.streams, decoded, with bad samples masked."""
 
 import logging
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import numpy as np
@@ -12,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.buckets import BucketConfig, make_buckets
+from data.buckets import make_buckets
 from data.captions import CaptionConfig, choose_caption, choose_index
 from data.decode import BadImage
 from data.encoded import EncodedBatch, EncodedSample, Encoding, collate, cut_box, unpack_sample
 from data.errors import DataError
-from data.filters import FilterRule
 from data.index import load_index
+from data.loader_config import LoaderConfig as LoaderConfig  # for those who use the loader
+from data.loader_config import MixConfig as MixConfig
 from data.object_store import join
 from data.shard_reader import RawSample, read_shard
 from data.streams import (
@@ -31,58 +36,11 @@ from data.streams import (
     micro_batches_of,
     window_shares,
 )
-from data.transforms import Crop, Picture, load_picture, to_float
+from data.transforms import Picture, load_picture, to_float
 from data.windows import DataSet, Item, MicroBatch, StreamReader, WindowConfig
 
 log = logging.getLogger(__name__)
 _MAX_READERS = 8  # shards that a worker reads at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixConfig:
-    """One data set of several."""
-
-    shards: str  # address of the data set
-    weight: float = 1.0  # its share of the samples, relative to the others' weights
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise ValueError(f"weight={self.weight}: must be above 0; leave the data set out instead")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
-    """What a run reads and how."""
-
-    shards: str | None = None  # address of the data set, unless mix names several
-    mix: tuple[MixConfig, ...] = ()  # data sets, each with epochs of its own. Changes the order
-    image_size: int  # px, side of the square training image, or of the square whose area a bucket keeps
-    buckets: BucketConfig | None = None  # several shapes instead of one square. Changes the order
-    captions: CaptionConfig = CaptionConfig()  # which of a sample's captions
-    filters: tuple[FilterRule, ...] = ()  # samples must pass all of them. Changes the order
-    num_workers: int = 0  # reader processes per rank; 0 = the rank's own process. Does not change the order
-    num_streams: int = 8  # logical streams; ranks x workers must divide it. Changes the order
-    shuffle_block_shards: int = 4  # shards shuffled together. Changes the order
-    shuffle_chunk_samples: int = 512  # samples of each of them that are shuffled at a time. Changes the order
-    window_micro_batches: int = 64  # over which buckets and mixes come out even. Changes the order
-    crop: Crop = "centre"  # which part of a picture that has another shape
-    max_bad_fraction: float = 0.01  # share of unusable samples above which training stops, [0, 1]
-
-    def __post_init__(self) -> None:
-        least = {"image_size": 1, "num_workers": 0, "num_streams": 1, "shuffle_block_shards": 1}
-        for name, value in {**least, "shuffle_chunk_samples": 1, "window_micro_batches": 1}.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {value}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: is a share; give a number from 0 to 1")
-        if (self.shards is None) == (not self.mix):
-            raise ValueError("give either shards, the address of the data set, or mix, a list of several")
-        make_buckets(self.image_size, self.buckets)
-
-    @property
-    def sources(self) -> tuple[MixConfig, ...]:
-        """The data sets, one or several."""
-        return self.mix or (MixConfig(shards=self.shards or ""),)
 
 
 @dataclass(kw_only=True)
@@ -128,12 +86,30 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         num_workers = self._dataset.config.num_workers
-        # The default context forks: cheap, and workers run no kernels. They put whole micro-batches into shared memory.
-        items = DataLoader(self._dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_ignore_signals)
-        for item in items:
-            if isinstance(item, str):  # an exception of a worker would arrive wrapped in its traceback
-                raise DataError(item)
-            yield item
+        # Forked workers are cheap, and run no kernels. They put whole micro-batches into shared memory.
+        context = multiprocessing.get_context("fork")
+        closing = context.Event()
+        items = DataLoader(
+            self._dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            worker_init_fn=partial(_leave_signals, closing),
+            multiprocessing_context=context if num_workers else None,
+        )
+        try:
+            for item in items:
+                if isinstance(item, str):  # an exception of a worker would arrive wrapped in its traceback
+                    raise DataError(item)
+                yield item
+        except RuntimeError as error:
+            if num_workers and "DataLoader worker" in str(error):
+                raise DataError(
+                    "a reader process of the data died, perhaps for lack of memory; lower data.num_workers or "
+                    "data.shuffle_chunk_samples"
+                ) from error
+            raise
+        finally:
+            closing.set()
 
 
 def build_loader(
@@ -168,6 +144,7 @@ def build_loader(
         filters=config.filters,
     )
     window_shares([data_set.weight for data_set in sets], window.micro_batches, 0, 0, config.num_streams)
+    _warn_of_memory(held_bytes(config, sets, window, world_size))
     dataset = _MicroBatches(config, sets, window, rank, world_size, cursor)
     return Loader(dataset, order_stamp(config, sets, window))
 
@@ -175,16 +152,43 @@ def build_loader(
 def _open(config: LoaderConfig, number: int, seed: int) -> DataSet:
     source = config.sources[number]
     index = load_index(source.shards)
-    order = Order(
-        seed=seed,
-        shard_samples=tuple(shard.samples for shard in index.shards),
-        num_streams=config.num_streams,
-        shuffle_block_shards=config.shuffle_block_shards,
-        shuffle_chunk_samples=config.shuffle_chunk_samples,
-        set_number=number,
-    )
+    try:
+        order = Order(
+            seed=seed,
+            shard_samples=tuple(shard.samples for shard in index.shards),
+            num_streams=config.num_streams,
+            shuffle_block_shards=config.shuffle_block_shards,
+            shuffle_chunk_samples=config.shuffle_chunk_samples,
+            set_number=number,
+        )
+    except DataError as error:
+        raise DataError(f"{index.url}: {error}") from None
     encoding = None if index.encoding is None else Encoding.from_dict(index.encoding, source.shards)
     return DataSet(index=index, order=order, weight=source.weight, encoding=encoding)
+
+
+def held_bytes(config: LoaderConfig, sets: tuple[DataSet, ...], window: WindowConfig, world_size: int) -> int:
+    """Returns how much one rank's readers hold, in bytes: two blocks and a window per stream, as stored."""
+    total = 0.0
+    for data_set in sets:
+        samples, size = data_set.index.num_samples, sum(shard.bytes for shard in data_set.index.shards)
+        block = min(config.shuffle_block_shards * config.shuffle_chunk_samples, samples / config.num_streams)
+        share = data_set.weight / sum(each.weight for each in sets)
+        total += (2 * block + share * window.micro_batches * window.micro_batch_size) * size / samples
+    return round(total * config.num_streams / world_size)
+
+
+def _warn_of_memory(per_rank: int) -> None:
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if per_rank * local_ranks > machine / 2:
+        log.warning(
+            "the readers of %d ranks will hold %.0f GiB of data, this machine has %.0f GiB; lower "
+            "data.shuffle_chunk_samples or data.num_streams",
+            local_ranks,
+            per_rank * local_ranks / 2**30,
+            machine / 2**30,
+        )
 
 
 def _check_encodings(sets: tuple[DataSet, ...]) -> None:
@@ -274,10 +278,12 @@ def _caption(sample: RawSample, config: CaptionConfig, seed: int = 0, sample_num
     return caption
 
 
-def _ignore_signals(_worker: int) -> None:
+def _leave_signals(closing: Event, _worker: int) -> None:
     """Leaves it to the trainer to answer a preemption: workers go on until it has saved, and end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # torch ends with SIGTERM a worker that hangs in a read when all is over.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
 
 
 class _MicroBatches(IterableDataset["Batch | str"]):

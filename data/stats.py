@@ -46,8 +46,10 @@ def measure(
     """
     if out is not None:
         _check_out(out)
-    if micro_batch_size < 1 or captions_from < 0:
-        raise DataError(f"micro batch size {micro_batch_size} must be at least 1, shards for captions at least 0")
+    if micro_batch_size < 1:
+        raise DataError(f"micro_batch_size={micro_batch_size}: must be at least 1")
+    if captions_from < 0:
+        raise DataError(f"captions_from={captions_from}: is a number of shards; must be at least 0")
     index = load_index(url)
     sizes = SizeCounts(buckets if index.encoding is None else (), micro_batch_size)
     with ThreadPoolExecutor(_SIDECARS_AT_ONCE) as pool:
@@ -78,7 +80,7 @@ def parse_buckets(image_size: int, resolutions: str, max_aspect_ratio: float, mu
         DataError: not numbers, or not possible.
     """
     try:
-        sides = tuple(int(side) for side in resolutions.split(",") if side.strip())
+        sides = tuple(int(side) for side in resolutions.split(",") if resolutions.strip())
     except ValueError:
         raise DataError(f"resolutions {resolutions!r}: give pixels with commas between them, like 256,512") from None
     try:

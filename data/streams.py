@@ -156,7 +156,9 @@ def stream_hand(order: Order, stream: int, epoch: int) -> list[Span]:
     parts = order.parts_per_shard
     hand = _permutation(len(order.shard_samples) * parts, order.seed, order.purpose("shards"), epoch)
     spans = []
-    for shard, part in (divmod(card, parts) for card in hand[stream :: order.num_streams].tolist()):
+    # Each epoch deals on where the last one stopped: otherwise some streams had a card more in every epoch.
+    first = (stream - epoch * len(hand)) % order.num_streams
+    for shard, part in (divmod(card, parts) for card in hand[first :: order.num_streams].tolist()):
         samples = order.shard_samples[shard]
         spans.append((shard, part * samples // parts, (part + 1) * samples // parts))
     return spans

@@ -6,11 +6,12 @@ out even: no sample waits for a rare bucket, none is dropped, and the window is 
 is docs/order.md.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,9 @@ from data.streams import (
     stream_blocks,
     window_shares,
 )
+
+log = logging.getLogger(__name__)
+_MANY_REFUSED = 10_000  # samples in a row that filters may refuse before it is worth a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,9 @@ class Item(NamedTuple):
     shard: int  # number in the index
     sample: RawSample
     size: Size  # of the picture as displayed, (0, 0) if unreadable; of an encoded sample, what was encoded
+
+
+_Row = tuple[int, RawSample, Size]
 
 
 class MicroBatch(NamedTuple):
@@ -172,7 +179,7 @@ class _Source:
         self._set, self._stream, self._filters, self._pool = data_set, stream, filters, pool
         self._starts = shard_starts(data_set.order.shard_samples)
         self._blocks = stream_blocks(data_set.order, stream, position)
-        self._ahead: tuple[Block, list[Future[list[RawSample]]]] | None = None
+        self._ahead: tuple[Block, list[Future[list[_Row]]]] | None = None
         self._block: Block | None = None
         self._items: list[Item] = []  # of the present block, the next one last
         self._filtered: list[int] = []
@@ -198,16 +205,20 @@ class _Source:
         return kept
 
     def _keeps(self, item: Item) -> bool:
-        rule = first_failed(self._filters, _meta(item), *item.size)
+        rule = _refusal(self._filters, item)
         if rule is None:
             self._refused = 0
             return True
         self._filtered.append(item.visit)
         self._counts[rule] += 1
         self._refused += 1
-        if self._refused > 2 * self._starts[-1]:
+        url = self._set.index.url
+        hand = int(self._starts[-1]) // self._set.order.num_streams
+        if self._refused == _MANY_REFUSED < 2 * hand:  # else the error comes at once
+            log.warning("%s: data.filters refused %d samples in a row (%r)", url, self._refused, rule)
+        if self._refused > max(_MANY_REFUSED, 2 * hand):
             raise DataError(
-                f"{self._set.index.url}: data.filters refused {self._refused} samples in a row, twice the data set "
+                f"{url}: data.filters refused {self._refused} samples in a row, more than a stream reads in an epoch "
                 f"(mostly {self._counts.most_common(1)[0][0]!r}); loosen them"
             )
         return False
@@ -220,34 +231,37 @@ class _Source:
 
     def _next_block(self) -> None:
         block, reading = self._ahead or self._read_ahead()
-        samples = [sample for part in reading for sample in part.result()]
-        shards: list[int] = []
-        sizes: list[Size] = []
-        for shard, first, last in block.spans:
-            rows = load_rows(self._set.index, shard)
-            shards += [shard] * (last - first)
-            sizes += zip(rows.widths[first:last], rows.heights[first:last], strict=True)
+        raw = [row for part in reading for row in part.result()]
         visits = pack_visits(self._set.order.set_number, block.epoch, block_samples(block, self._starts)).tolist()
         self._items = [
-            Item(visit, self._set, shards[place], samples[place], sizes[place])
-            for visit, place in zip(visits, block.places.tolist(), strict=True)
+            Item(visit, self._set, *raw[place]) for visit, place in zip(visits, block.places.tolist(), strict=True)
         ]
         self._items.reverse()
         self._block = block
         self._ahead = self._read_ahead()
 
-    def _read_ahead(self) -> tuple[Block, list[Future[list[RawSample]]]]:
+    def _read_ahead(self) -> tuple[Block, list[Future[list[_Row]]]]:
         """Starts to read the next block, all its shards at once."""
         block = next(self._blocks)
-        return block, [self._pool.submit(read_rows, self._set.index, *span) for span in block.spans]
+        return block, [self._pool.submit(_read_span, self._set.index, *span) for span in block.spans]
 
 
-def _meta(item: Item) -> dict[str, Any]:
-    """The JSON that filters look at; a damaged encoded sample has none, and is reported when its turn comes."""
-    encoding = item.data_set.encoding
-    if encoding is None:
-        return item.sample.meta
-    try:
-        return unpack_sample(item.sample.image, encoding).meta
-    except BadImage:
-        return {}
+def _read_span(index: Index, shard: int, first: int, last: int) -> list[_Row]:
+    """Rows of a shard: its number, the sample, and its size by the sidecar."""
+    samples, rows = read_rows(index, shard, first, last), load_rows(index, shard)
+    sizes = zip(rows.widths[first:last], rows.heights[first:last], strict=True)
+    return [(shard, sample, size) for sample, size in zip(samples, sizes, strict=True)]
+
+
+def _refusal(filters: tuple[FilterRule, ...], item: Item) -> str | None:
+    """The rule that refuses a sample, or None. What is damaged is kept: it is masked and reported, not passed over."""
+    meta, size, encoding = item.sample.meta, item.size, item.data_set.encoding
+    if encoding is not None:
+        try:
+            sample = unpack_sample(item.sample.image, encoding)
+        except BadImage:
+            return None
+        meta, size = sample.meta, sample.size  # of the original, so that a rule means the same on both kinds
+    elif item.sample.problem or size == (0, 0):
+        return None
+    return first_failed(filters, meta, *size)

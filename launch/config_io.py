@@ -341,7 +341,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             if not part.isdigit() or int(part) >= len(here):
                 raise ConfigError(
                     f"override {override!r}: {'.'.join(parts[:depth])} is a list of {len(here)}; "
-                    f"give a position from 0 to {len(here) - 1}"
+                    + (f"give a position from 0 to {len(here) - 1}" if here else "give the whole list")
                 )
             key = int(part)
         elif not isinstance(here, dict):

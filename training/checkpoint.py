@@ -5,6 +5,7 @@ Layout under `checkpoints/`: `step-00001000/<attempt>/<group>-<rank>.safetensors
 Keys carry the attempt, so that a zombie of an earlier start can never overwrite what a later one wrote.
 """
 
+import logging
 import os
 import tempfile
 import uuid
@@ -33,6 +34,7 @@ from training.engine import Engine, Fragment, gather, scatter
 from training.errors import TrainingError
 
 Groups = dict[str, dict[str, Fragment]]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,21 +122,34 @@ class Checkpointer:
         files, error = {}, None
         try:
             files = self._write(folder, mine)
-        except OSError as caught:
+        except (OSError, DataError) as caught:
             error = f"rank {self.engine.rank}: {caught}"
         reports = self.engine.exchange((files, error))
         errors = [message for _, message in reports if message]
         if errors:
             raise TrainingError(f"checkpoint {join(self.url, folder)} was not committed: {'; '.join(errors)}")
+        error = None
         if self.engine.rank == 0:
             entries = {key: entry for files, _ in reports for key, entry in files.items()}
             manifest = Manifest(step=step, attempt=self.attempt, files=entries, meta={"state": state, "index": index})
-            committed = write_manifest(self.store, folder, manifest)
-            error = None if committed else f"{join(self.url, folder)} was committed by another attempt of this run"
+            error = self._commit(folder, manifest)
         error = self.engine.from_rank0(error)
         if error:
-            raise TrainingError(f"{error}; two processes train the same run: stop one of them")
+            raise TrainingError(error)
         self._prune()
+
+    def _commit(self, folder: str, manifest: Manifest) -> str | None:
+        """Writes the manifest; returns why there is no commit of this attempt, or None."""
+        try:
+            committed = write_manifest(self.store, folder, manifest)
+        except DataError as caught:
+            return f"checkpoint {join(self.url, folder)} was not committed: {caught}"
+        if committed:
+            return None
+        return (
+            f"{join(self.url, folder)} was committed by another attempt of this run; two processes train the same run: "
+            "stop one of them"
+        )
 
     def newest(self) -> Snapshot | None:
         """The newest commit that verifies, or None for a run that never saved. Collective; rank 0 does the hashing.
@@ -201,10 +216,17 @@ class Checkpointer:
         return files
 
     def _prune(self) -> None:
-        """Deletes commits beyond `keep_last`, manifest first, so that none is ever half there."""
-        if self.engine.rank == 0:
+        """Deletes commits beyond `keep_last`, manifest first, so that none is ever half there.
+
+        What cannot be deleted stays, with a warning: the new commit is good, and the next save tries again.
+        """
+        if self.engine.rank != 0:
+            return
+        try:
             for step in list_commits(self.store)[: -self.config.keep_last]:
                 folder = step_folder(step)
                 self.store.delete(f"{folder}/{MANIFEST}")
                 for key, _ in self.store.list(f"{folder}/"):
                     self.store.delete(key)
+        except DataError as error:
+            log.warning("old checkpoints stay: %s", error)

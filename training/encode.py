@@ -7,7 +7,9 @@ matters. So ranks share the shards without talking, and whoever was stopped begi
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from data.buckets import make_buckets
 from data.encoded import EncoderShape, Encoding
 from data.errors import DataError
+from data.index import STAMP
 from data.object_store import Store, join, open_store
 from data.shards import INDEX, Index, ShardInfo, load_index, shard_done, write_index, write_shard
 from launch.runtime import PreemptionFlag, ranks
@@ -23,9 +26,9 @@ from training.encode_shard import QUARANTINE, Encoder, encode_shard
 from training.errors import Preempted, TrainingError
 from training.frozen import Frozen, load_networks
 
-STAMP = "encoding.json"  # written before the first shard: what every shard there is made with
 _LEAST_SEEN = 1000  # samples before which a few bad ones are no reason to stop
 _LINE_EVERY_S = 10.0
+_REQUESTS = 16  # to the store at a time
 
 
 def encode(recipe: EncodeRecipe, quiet: bool = False) -> dict[str, Any] | None:
@@ -60,9 +63,10 @@ def encode(recipe: EncodeRecipe, quiet: bool = False) -> dict[str, Any] | None:
             if stop:
                 raise Preempted(f"preempted: {store.url} is not complete; the same command goes on")
 
+        there = _done(store, source)
         for number in mine:
             shard = source.shards[number]
-            done = shard_done(store, shard.name)
+            done = there.get(shard.name)
             if done is None:
                 write_shard(encode_shard(encoder, number, store, count), store, shard.name, encoded=True)
             else:
@@ -120,7 +124,7 @@ def claim(store: Store, encoding: Encoding) -> None:
         TrainingError: the place holds something else.
     """
     if not store.exists(STAMP):
-        other = next((key for key, _ in store.list() if key.endswith(".tar")), None)
+        other = next((key for key, _ in store.list()), None)
         if other and not store.exists(STAMP):  # another rank may have been quick
             raise TrainingError(f"{store.url} holds {other} and no {STAMP}: it is no encoded set; give another out")
     wanted = encoding.to_dict()
@@ -165,15 +169,20 @@ class _Tally:
             )
 
 
+def _done(store: Store, source: Index) -> dict[str, ShardInfo]:
+    """Which of the source's shards are encoded already, by name; many small requests, so many at a time."""
+    present = {key for key, _ in store.list()}
+    names = [shard.name for shard in source.shards if shard.name in present]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return {done.name: done for done in pool.map(partial(shard_done, store), names) if done is not None}
+
+
 def _finish(recipe: EncodeRecipe, source: Index, store: Store, encoding: Encoding) -> dict[str, Any] | None:
     """Writes the index if every shard is there, and says what the set holds."""
-    present = {key for key, _ in store.list()}
-    shards: list[ShardInfo] = []
-    for shard in source.shards:
-        done = shard_done(store, shard.name) if shard.name in present else None
-        if done is None:
-            return None
-        shards.append(done)
+    found = _done(store, source)
+    shards = [found[shard.name] for shard in source.shards if shard.name in found]
+    if len(shards) < len(source.shards):
+        return None
     samples, size_bytes = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards)
     skipped = source.num_samples - samples
     _Tally(recipe).add(source.num_samples, skipped)

@@ -93,12 +93,12 @@ def check_encodings(recipe: DiTRecipe, frozen: Frozen, indexes: Iterable[Index])
         encoding = Encoding.from_dict(index.encoding, index.url)
         for what, was, now in (
             ("text_padding:", encoding.text_padding, recipe.text_padding),
-            ("autoencoder", encoding.autoencoder[:12], frozen.autoencoder_fingerprint[:12]),
-            ("text encoders", encoding.text_encoders[:12], frozen.conditioner.fingerprint[:12]),
+            ("autoencoder", encoding.autoencoder, frozen.autoencoder_fingerprint),
+            ("text encoders", encoding.text_encoders, frozen.conditioner.fingerprint),
         ):
             if was != now:
                 raise TrainingError(
-                    f"{index.url} was encoded with {what} {was}, the recipe gives {now}; "
+                    f"{index.url} was encoded with {what} {was[:12]}, the recipe gives {now[:12]}; "
                     "name the same one in the recipe, or encode the pictures again"
                 )
         if encoding.latents == "sample" and recipe.latents == "mean":

@@ -186,8 +186,6 @@ class Run:
         self.counters = Counters(**snapshot.state["counters"])
         self._stamp = snapshot.state["data"]["stamp"]
         self._positions = dict(Cursor.from_dict(snapshot.state["data"]["cursor"]).positions)
-        self.metrics.say(f"resuming {self.directory} at step {self.counters.step}")
-        self._set_artifact_aside()
 
     def _set_artifact_aside(self) -> None:
         """A finished run that is trained further keeps its artifact under the step at which it was made."""
@@ -208,7 +206,12 @@ class Run:
             cursor=Cursor(micro_batches=self.counters.micro_batches, positions=self._positions),
         )
         if self._stamp is not None:
-            check_stamp(self._stamp, loader.stamp)
+            try:
+                check_stamp(self._stamp, loader.stamp)
+            except DataError as error:
+                raise TrainingError(f"{self.directory} cannot be resumed: {error}") from None
+            self.metrics.say(f"resuming {self.directory} at step {self.counters.step}")
+            self._set_artifact_aside()  # only now: a refused resume leaves the run as it is
         self._stamp = loader.stamp
         self._ledger.open(loader, self.recipe.data, self.counters.micro_batches, self.engine.world_size)
         return iter(loader)

@@ -40,7 +40,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     engine = Engine(recipe.engine, process.world_size)
     refuse_encoded(check_data(recipe, engine))
     if recipe.validation_shards:
-        load_index(recipe.validation_shards)
+        refuse_encoded([load_index(recipe.validation_shards)])
     perceptual = _perceptual(recipe, process)
     open_run_directory(directory, recipe, "autoencoder", process)
 

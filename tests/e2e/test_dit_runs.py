@@ -103,6 +103,14 @@ def test_another_recipe_is_refused_by_the_field_that_differs(world, whole):
     ]
 
 
+def test_other_data_is_refused_and_leaves_the_run_as_it_is(world, whole):
+    shards = world.data / "test"
+    result = darkroom("train", "dit", world.dit, "--run", whole, "total_steps=12", f"data.shards={shards}")
+    assert result.code == 2 and result.err.count("\n") == 1, result.err
+    assert result.err.startswith(f"error: {whole} cannot be resumed: data_sets is [["), result.err
+    assert (whole / "artifact" / "model.safetensors").exists()
+
+
 def test_another_autoencoder_is_refused(world, whole, tmp_path):
     from tests.helpers import tiny
 

@@ -68,6 +68,7 @@ def test_a_run_on_encoded_data_repeats_the_curve_of_the_run_on_pictures(world, r
     shutil.rmtree(world.folder / "on-pictures")
 
 
+@pytest.mark.all
 def test_pictures_and_encoded_samples_train_together(world, recipes, encoded):
     run = world.folder / "mixed"
     mix = f"data.mix=[{{shards: {world.data / 'train'}}}, {{shards: {encoded}}}]"

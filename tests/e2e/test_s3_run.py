@@ -28,6 +28,7 @@ def proxy(monkeypatch):
         yield started
 
 
+@pytest.mark.all
 def test_killed_run_resumes_from_the_bucket_with_the_same_curve(world, proxy, tmp_path):
     bucket = "s3://lab"
     put_tree(world.data / "train", f"{bucket}/train")

@@ -7,14 +7,18 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from data.errors import DataError
+from data.manifest import list_commits
 from launch.runtime import ranks
-from training.checkpoint import CheckpointConfig, Checkpointer
+from training.checkpoint import CheckpointConfig, Checkpointer, Groups
 from training.ema import EMA, EMAConfig
 from training.engine import Engine, EngineConfig
+from training.errors import TrainingError
 from training.optim import OptimConfig, build_adamw
 
 STEPS, MICRO, GLOBAL = 5, 2, 8
@@ -55,7 +59,7 @@ def reference() -> tuple[dict, dict]:
     return {n: p.detach() for n, p in model.named_parameters()}, averages
 
 
-def run_stage(stage: int, folder: Path, start: int, steps: int, source: Path | None) -> dict[str, float]:
+def run_stage(stage: int, folder: Path, start: int, steps: int, source: Path | None) -> dict[str, Any]:
     """Trains steps [start, start + steps) at one stage, from a checkpoint if `source` is given; saves at the end."""
     process = ranks()
     config = EngineConfig(zero_stage=stage, precision="float32", micro_batch_size=MICRO, global_batch_size=GLOBAL,
@@ -98,8 +102,35 @@ def run_stage(stage: int, folder: Path, start: int, steps: int, source: Path | N
         "ema_elements_on_this_rank": sharded,
         "adam_step": engine.adam_step(),
     }
+    if stage == 2 and source is None:
+        result["told"], result["kept"] = failing_saves(engine, groups(), folder.with_suffix(".failing"))
     engine.barrier()
     return result
+
+
+def failing_saves(engine: Engine, groups: Groups, folder: Path) -> tuple[list[list[str]], list[int]]:
+    """Saves while the store refuses: a file of rank 1, then the manifest, then, after two good saves, a deletion.
+
+    Returns what each rank was told, and the commits that are there in the end.
+    """
+    keeper = Checkpointer(folder, CheckpointConfig(keep_last=2), engine)
+    told = []
+
+    def refuse(*_: object) -> None:
+        raise DataError("the disk is full")
+
+    for step, (rank, method) in enumerate(
+        ((1, "put_file"), (0, "put_if_absent"), (-1, ""), (-1, ""), (0, "delete")), 1
+    ):
+        if rank == engine.rank:
+            setattr(keeper.store, method, refuse)
+        try:
+            keeper.save(step, groups, {})
+        except TrainingError as error:
+            told.append(str(error))
+        if rank == engine.rank:
+            delattr(keeper.store, method)
+    return engine.exchange(told), list_commits(keeper.store)
 
 
 def forget_accelerate() -> None:

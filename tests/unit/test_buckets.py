@@ -87,6 +87,15 @@ def test_an_image_size_that_is_no_multiple_is_refused() -> None:
         make_buckets(100, BucketConfig())
 
 
+def test_silly_numbers_are_refused_before_they_cost_memory() -> None:
+    with pytest.raises(ValueError, match="resolution 8001 is more than 8000 px"):
+        make_buckets(8001, None)
+    with pytest.raises(ValueError, match="resolution 1000000000 is more"):
+        BucketConfig(resolutions=(1_000_000_000,), multiple=1)
+    with pytest.raises(ValueError, match="multiple=1: more than 10000 buckets of resolution 8000; raise it"):
+        make_buckets(8000, BucketConfig(max_aspect_ratio=1e9, multiple=1))
+
+
 def test_the_config_is_a_part_of_a_recipe() -> None:
     config = from_dict(BucketConfig, {"resolutions": [256, 512], "max_aspect_ratio": 2})
     assert config == BucketConfig(resolutions=(256, 512)) and from_dict(BucketConfig, to_dict(config)) == config

@@ -183,6 +183,11 @@ def test_a_wrong_override_is_named(tmp_path: Path, override: str, expected: str)
     assert "\n" not in str(caught.value)
 
 
+def test_a_position_in_an_empty_list_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="encoders is a list of 0; give the whole list"):
+        load(tmp_path, "kind: toy\nsteps: 1\nencoders: []\n", "encoders.0.width=4")
+
+
 def test_kind_and_base_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kind is 'boat', but this command wants toy"):
         load(tmp_path, "kind: boat")

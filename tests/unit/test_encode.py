@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from data.buckets import BucketConfig
 from data.captions import CaptionConfig, CaptionSource
 from data.encoded import Encoding, unpack_sample
+from data.filters import FilterRule
 from data.index import load_index, load_rows
 from data.loader import LoaderConfig, build_loader
 from data.object_store import open_store
@@ -271,8 +273,12 @@ def test_two_encodings_never_share_a_place(places, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="encoding.json is damaged"):
         encode(recipe(places(), tmp_path / "out"), quiet=True)
     (tmp_path / "out" / "encoding.json").unlink()
-    with pytest.raises(TrainingError, match="holds shard-000000.tar and no encoding.json"):
+    with pytest.raises(TrainingError, match="holds index.json and no encoding.json"):
         encode(recipe(places(), tmp_path / "out"), quiet=True)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(b"mine")
+    with pytest.raises(TrainingError, match="holds a.jpg and no encoding.json"):
+        encode(recipe(places(), tmp_path / "pictures"), quiet=True)
     with pytest.raises(TrainingError, match="is encoded already"):
         encode(recipe(str(tmp_path / "out"), tmp_path / "again"), quiet=True)
     with pytest.raises(TrainingError, match="pictures of 30x30 px: both sides must be multiples of 4"):
@@ -350,3 +356,19 @@ def test_encoded_data_of_other_networks_is_refused(places, networks, tmp_path: P
     refused("holds a sample of each posterior", replace(training, latents="mean"), latents="sample")
     refused("holds pictures of 36x32 px; their sides must be multiples of 8 up to 64", sizes=[[32, 32], [36, 32]])
     refused("holds pictures of 32x128 px", sizes=[[32, 128]])
+
+
+def test_a_filter_means_the_same_on_pictures_and_on_what_was_encoded(places, tmp_path: Path) -> None:
+    """Sizes are those of the original, and damage is not a reason to pass over a sample."""
+    source = places(square=False)
+    encode(recipe(source, tmp_path / "encoded", buckets=BUCKETS), quiet=True)
+    filters = (FilterRule(field="width", min=40), FilterRule(field="score", max=16))
+    keys = []
+    for shards in (source, str(tmp_path / "encoded")):
+        config = LoaderConfig(
+            shards=shards, image_size=32, buckets=BUCKETS, filters=filters, num_streams=1, window_micro_batches=2
+        )
+        loader = build_loader(config, seed=0, micro_batch_size=2, rank=0, world_size=1)
+        keys.append({key for batch in islice(loader, 40) for key in batch.keys})
+    wide = {f"{n:04d}" for n in range(NUM_SAMPLES) if SIZES[n % len(SIZES)][0] >= 40 and n <= 16}
+    assert keys == [wide, wide]

@@ -1,11 +1,15 @@
 """The loader on real shards: same batches for any number of ranks and workers, bad samples masked in place."""
 
 import io
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -222,9 +226,38 @@ def test_buckets_filters_and_mixing(mixed: list[str]) -> None:
     assert epochs[2] > epochs[0]  # each set counts its own epochs
 
 
-def test_filters_that_keep_nothing_are_an_error(shards: str) -> None:
-    config = LoaderConfig(shards=shards, filters=(FilterRule(field="score", min=1),), **PLAIN)
-    with pytest.raises(DataError, match="refused .* samples in a row.*'score >= 1'.*loosen"):
+def test_what_is_damaged_is_reported_and_not_filtered_out(shards: str) -> None:
+    """A sample whose size or JSON cannot be read meets no rule; it must not vanish among what the filters refuse."""
+    filters = (FilterRule(field="width", min=4), FilterRule(field="number", min=3))
+    batches = load(LoaderConfig(shards=shards, filters=filters, **PLAIN), 40)
+    assert {record["key"] for batch in batches for record in batch.bad} == {f"{number:03d}" for number in BAD}
+    assert {rule for batch in batches for rule in batch.filtered_by} == {"number >= 3"}
+
+
+def test_a_reader_that_dies_ends_the_run_with_one_line(shards: str) -> None:
+    loader = build_loader(
+        LoaderConfig(shards=shards, num_workers=2, **PLAIN), seed=5, micro_batch_size=3, rank=0, world_size=1
+    )
+    batches = iter(loader)
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid or 0, signal.SIGKILL)
+    with pytest.raises(DataError, match="a reader process of the data died.*lower data.num_workers"):
+        for _ in range(100):
+            next(batches)
+
+
+def test_readers_that_would_fill_the_machine_are_announced(shards: str, caplog: pytest.LogCaptureFixture) -> None:
+    load(LoaderConfig(shards=shards, **PLAIN), 1)
+    assert "GiB" not in caplog.text
+    with mock.patch("os.sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 9000}[name]):
+        load(LoaderConfig(shards=shards, **PLAIN), 1)
+    assert "lower data.shuffle_chunk_samples" in caplog.text
+
+
+def test_filters_that_keep_nothing_are_an_error(mixed: list[str]) -> None:
+    config = LoaderConfig(shards=mixed[0], filters=(FilterRule(field="score", min=9),), **PLAIN)
+    with pytest.raises(DataError, match="refused 10001 samples in a row.*'score >= 9'.*loosen"):
         load(config, 1)
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -91,10 +90,8 @@ def test_a_connection_lost_to_a_rank_that_reported_shows_no_traceback(capfd: pyt
 
 
 def test_a_failing_rank_ends_the_others_and_its_code_is_returned(capfd: pytest.CaptureFixture[str]) -> None:
-    started = time.monotonic()
     body = "sys.exit(7) if RANK == 1 else signal.pause()"
     assert spawn(2, rank_program(body)) == 7
-    assert time.monotonic() - started < 8, "a rank that obeys SIGTERM is not waited for"
     assert capfd.readouterr().err == ""
 
 

@@ -120,6 +120,10 @@ def test_verify_compares_every_byte(tmp_path: Path) -> None:
 def test_a_missing_or_edited_index_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="darkroom data index"):
         load_index(str(tmp_path))
+    (tmp_path / "encoding.json").write_text("{}")
+    with pytest.raises(DataError, match="not every shard is encoded; run the same `darkroom encode` again"):
+        load_index(str(tmp_path))
+    (tmp_path / "encoding.json").unlink()
     write_shards(samples(2), str(tmp_path), "s", 2)
     path = tmp_path / "index.json"
     fields = json.loads(path.read_text())

@@ -89,7 +89,12 @@ def test_memory_holds_one_window() -> None:
 def test_buckets_of_a_command_line() -> None:
     assert parse_buckets(64, "", 2.0, 64) == ((64, 64),)
     assert parse_buckets(0, "32, 64", 2.0, 16) == BUCKETS
-    for resolutions, words in (("256,wide", "commas"), ("250", "no multiple"), ("64,64", "twice")):
+    for resolutions, words in (
+        ("256,wide", "commas"),
+        ("64,,128", "commas"),
+        ("250", "no multiple"),
+        ("64,64", "twice"),
+    ):
         with pytest.raises(DataError, match=words):
             parse_buckets(64, resolutions, 2.0, 64)
 
@@ -186,9 +191,9 @@ def test_an_encoded_set_has_its_own_buckets_and_captions(tmp_path: Path) -> None
 
 
 def test_impossible_numbers_are_refused(shards: str) -> None:
-    for numbers in ({"micro_batch_size": 0}, {"captions_from": -1}):
-        with pytest.raises(DataError, match="at least"):
-            measure(shards, buckets=BUCKETS, **numbers)
+    for name, value in (("micro_batch_size", 0), ("captions_from", -1)):
+        with pytest.raises(DataError, match=f"{name}={value}: .*at least"):
+            measure(shards, buckets=BUCKETS, **{name: value})
 
 
 def test_files_are_written_once(shards: str, tmp_path: Path) -> None:

@@ -95,6 +95,22 @@ def test_whole_shards_are_read_by_one_stream_where_there_are_enough() -> None:
         assert max(map(len, hands)) - min(map(len, hands)) <= 1
 
 
+@pytest.mark.parametrize("shards,num_streams,epochs", [(9, 8, 100), (100, 64, 50), (11, 16, 30)])
+def test_streams_keep_pace(shards: int, num_streams: int, epochs: int) -> None:
+    """With shards of one size every sample has been visited equally often, give or take one epoch."""
+    order = Order(
+        seed=1,
+        shard_samples=(6,) * shards,
+        num_streams=num_streams,
+        shuffle_block_shards=2,
+        shuffle_chunk_samples=3,
+    )
+    seen: Counter[int] = Counter()
+    for stream in range(num_streams):
+        seen.update(sample for _, _, sample in visits(order, stream, 6 * shards * epochs // num_streams))
+    assert len(seen) == 6 * shards and epochs - 1 <= min(seen.values()) and max(seen.values()) <= epochs + 1
+
+
 def run_numbers(first: int, world_size: int, num_workers: int, count: int) -> list[int]:
     """The micro-batches in the order in which ranks and workers, each in turn, give them to the run."""
     found = []
