@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -228,9 +229,10 @@ def check_stamp(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """
     for name, value in current.items():
         if saved.get(name) != value:
+            now, was = (re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", repr(v)) for v in (value, saved.get(name)))
             raise DataError(
-                f"{name} is {value!r}, the checkpoint was made with {saved.get(name)!r}: the data would come in "
-                f"another order; restore the old value or start a new run"
+                f"{name} is {now}, the checkpoint was made with {was}: the data would come in another order; "
+                "restore the old value or start a new run"
             )
 
 
