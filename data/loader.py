@@ -102,13 +102,6 @@ class Loader:
                 if isinstance(item, str):  # an exception of a worker would arrive wrapped in its traceback
                     raise DataError(item)
                 yield item
-        except RuntimeError as error:
-            if num_workers and "DataLoader worker" in str(error):
-                raise DataError(
-                    "a reader process of the data died, perhaps for lack of memory; lower data.num_workers or "
-                    "data.shuffle_chunk_samples"
-                ) from error
-            raise
         finally:
             closing.set()
 

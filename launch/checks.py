@@ -13,8 +13,13 @@ _UNUSABLE = {
 SEEDS = 2**63  # what torch's generators take
 
 
-def unusable_place(error: Exception) -> ConfigError | None:
-    """The user's mistake behind an error of the operating system, or None if it may be a bug."""
+def mistake_behind(error: Exception) -> ConfigError | None:
+    """The user's mistake behind an error of the operating system or of torch's readers, or None if it may be a bug."""
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # raised wherever the rank just was
+        return ConfigError(
+            "a reader process of the data died, perhaps for lack of memory; lower data.num_workers or "
+            "data.shuffle_chunk_samples"
+        )
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _UNUSABLE:
         return None
     return ConfigError(f"{error.filename}: {error.strerror}; check the path, the rights and the free space")

@@ -42,10 +42,10 @@ def main() -> NoReturn:
     try:
         app()
     except Exception as error:
-        from launch.checks import unusable_place
+        from launch.checks import mistake_behind
         from launch.runtime import other_rank_reported, report_error
 
-        mistake = unusable_place(error) or error
+        mistake = mistake_behind(error) or error
         code = getattr(mistake, "exit_code", None)
         if isinstance(code, int):
             report_error(mistake)

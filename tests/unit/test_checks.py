@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checks import check_new_folder, check_sampling, unusable_place
+from launch.checks import check_new_folder, check_sampling, mistake_behind
 from launch.errors import ConfigError
 
 
@@ -35,9 +35,15 @@ def test_a_new_folder_is_new_and_local(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_used_is_no_bug() -> None:
-    mistake = unusable_place(OSError(errno.ENOSPC, "No space left on device", "/data/x"))
+    mistake = mistake_behind(OSError(errno.ENOSPC, "No space left on device", "/data/x"))
     assert mistake is not None and mistake.exit_code == 2
     assert str(mistake).startswith("/data/x: No space left on device;")
-    assert unusable_place(OSError(errno.ENOSPC, "No space left on device")) is None  # of no path: perhaps a bug
-    assert unusable_place(FileNotFoundError(errno.ENOENT, "No such file", "/data/x")) is None
-    assert unusable_place(RuntimeError("x")) is None
+    assert mistake_behind(OSError(errno.ENOSPC, "No space left on device")) is None  # of no path: perhaps a bug
+    assert mistake_behind(FileNotFoundError(errno.ENOENT, "No such file", "/data/x")) is None
+    assert mistake_behind(RuntimeError("x")) is None
+
+
+def test_a_reader_that_died_is_one_line() -> None:
+    """torch raises it in the main thread, wherever that is; see also tests/unit/test_loader.py."""
+    mistake = mistake_behind(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."))
+    assert mistake is not None and "lower data.num_workers" in str(mistake) and "\n" not in str(mistake)

@@ -1,9 +1,8 @@
 """The loader on real shards: same batches for any number of ranks and workers, bad samples masked in place."""
 
 import io
-import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
@@ -234,17 +233,24 @@ def test_what_is_damaged_is_reported_and_not_filtered_out(shards: str) -> None:
     assert {rule for batch in batches for rule in batch.filtered_by} == {"number >= 3"}
 
 
-def test_a_reader_that_dies_ends_the_run_with_one_line(shards: str) -> None:
-    loader = build_loader(
-        LoaderConfig(shards=shards, num_workers=2, **PLAIN), seed=5, micro_batch_size=3, rank=0, world_size=1
-    )
-    batches = iter(loader)
-    next(batches)
-    for child in multiprocessing.active_children():
-        os.kill(child.pid or 0, signal.SIGKILL)
-    with pytest.raises(DataError, match="a reader process of the data died.*lower data.num_workers"):
-        for _ in range(100):
-            next(batches)
+KILLED_READER = """
+import itertools, multiprocessing, os, signal, sys
+from data.loader import LoaderConfig, build_loader
+config = LoaderConfig(shards=sys.argv[1], image_size=8, num_streams=4, num_workers=2)
+batches = iter(build_loader(config, seed=5, micro_batch_size=3, rank=0, world_size=1))
+next(batches)
+for child in multiprocessing.active_children():
+    os.kill(child.pid, signal.SIGKILL)
+for batch in itertools.islice(batches, 1000):
+    pass
+"""
+
+
+def test_a_reader_that_dies_is_an_error_and_no_hang(shards: str) -> None:
+    """By the text that launch.checks makes one line of; in a process of its own, as torch raises it anywhere."""
+    command = [sys.executable, "-c", KILLED_READER, shards]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1 and "RuntimeError: DataLoader worker" in done.stderr, done.stderr
 
 
 def test_readers_that_would_fill_the_machine_are_announced(shards: str, caplog: pytest.LogCaptureFixture) -> None:
