@@ -102,6 +102,10 @@ class Loader:
                 if isinstance(item, str):  # an exception of a worker would arrive wrapped in its traceback
                     raise DataError(item)
                 yield item
+        except (EOFError, ConnectionError) as error:  # of a worker that died while it handed over a batch
+            # torch raises in the main thread for each child that ends: not while this error is on its way.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise RuntimeError("DataLoader worker: one died while it handed over a batch") from error
         finally:
             closing.set()
 

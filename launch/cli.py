@@ -6,6 +6,7 @@ docs/commands.md is the user's page.
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -42,6 +43,7 @@ def main() -> NoReturn:
     try:
         app()
     except Exception as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise again, for each reader that ends
         from launch.checks import mistake_behind
         from launch.runtime import other_rank_reported, report_error
 

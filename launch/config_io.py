@@ -65,6 +65,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    """Text; YAML 1.1's rarer line breaks would be folded away unless they are escaped."""
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 _Dumper.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 _SCALARS: tuple[tuple[str, str, list[str] | None], ...] = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),

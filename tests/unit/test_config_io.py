@@ -220,7 +220,23 @@ recipes = st.builds(
     title=st.one_of(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
         st.sampled_from(
-            ["1e-4", "no", "on", "null", "~", "010", "1:30", "2020-01-01", "true", "1_0", ".5", "- a", "a: b"]
+            [
+                "\x85",
+                "a\u2028b ",
+                "1e-4",
+                "no",
+                "on",
+                "null",
+                "~",
+                "010",
+                "1:30",
+                "2020-01-01",
+                "true",
+                "1_0",
+                ".5",
+                "- a",
+                "a: b",
+            ]
         ),
     ),
     resume=st.booleans(),

@@ -250,7 +250,7 @@ def test_a_reader_that_dies_is_an_error_and_no_hang(shards: str) -> None:
     """By the text that launch.checks makes one line of; in a process of its own, as torch raises it anywhere."""
     command = [sys.executable, "-c", KILLED_READER, shards]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
-    assert done.returncode == 1 and "RuntimeError: DataLoader worker" in done.stderr, done.stderr
+    assert done.returncode == 1 and "RuntimeError: DataLoader worker" in done.stderr, (done.returncode, done.stderr)
 
 
 def test_readers_that_would_fill_the_machine_are_announced(shards: str, caplog: pytest.LogCaptureFixture) -> None:
