@@ -266,10 +266,10 @@ def loss_weight(config: DiffusionConfig, t: Tensor) -> Tensor:
     -(a d - b c) / b times as much as x does: a weight w of the error of x is w b^2 / (a d - b c)^2 of the prediction's
     (for epsilon w / snr, for v of a variance-preserving path w / (snr + 1)). With snr = a^2 / b^2, w is
 
-        min_snr   min(snr, gamma) (Hang et al. 2023, arXiv:2303.09556, Eq. 8)
-        snr       snr, which is the plain error of epsilon (arXiv:2202.00512, Eq. 9)
+        min_snr   min(snr, gamma) (Hang et al. 2023, arXiv:2303.09556)
+        snr       snr, which is the plain error of epsilon (arXiv:2202.00512, sec. 4)
         cosine    snr -lambda' sech(lambda / 2) / (2 pi), lambda = log snr: the plain error of epsilon at the
-                  noise levels of the cosine path (arXiv:2303.00848, Table 1; arXiv:2403.03206, sec. 2)
+                  noise levels of the cosine path (arXiv:2303.00848; arXiv:2403.03206, sec. 3)
 
     Args:
         config: The diffusion.

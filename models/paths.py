@@ -33,7 +33,7 @@ RECTIFIED_FLOW = Path(
 )
 
 # The quarter circle: Nichol & Dhariwal's cosine schedule (arXiv:2102.09672, Eq. 17) in continuous time, without their
-# offset, as in arXiv:2202.00512 and arXiv:2403.03206 (sec. 2).
+# offset, as in arXiv:2202.00512 and arXiv:2403.03206 (sec. 3).
 _QUARTER = math.pi / 2.0
 VP_COSINE = Path(
     a=_in_double(lambda t: torch.cos(_QUARTER * t)),
