@@ -97,6 +97,8 @@ def loop(
                         recipe.diffusion,
                         seed=recipe.seed,
                         sample_latents=recipe.latents == "sample",
+                        global_batch_size=recipe.engine.global_batch_size,
+                        patch_size=recipe.model.patch_size,
                     )
                 engine.backward(loss)  # on the last micro-batch: reduce, clip, AdamW
             run.meter.add(**scalars)
