@@ -153,6 +153,7 @@ class Run:
         engine: gives ranks and collectives.
         checkpointer: where commits go.
         describe: gives plain values that every commit carries along for its readers.
+        indexes: of the data sets, as `check_data` read them.
         quiet: no progress line.
     """
 
@@ -163,6 +164,7 @@ class Run:
         engine: Engine,
         checkpointer: Checkpointer,
         describe: Callable[[], dict[str, Any]],
+        indexes: tuple[Index, ...],
         quiet: bool,
     ) -> None:
         self.directory = directory
@@ -170,6 +172,7 @@ class Run:
         self.engine = engine
         self.checkpointer = checkpointer
         self.describe = describe
+        self.indexes = indexes
         self.counters = Counters()
         self.meter = Meter()
         self.metrics = Metrics(directory, engine.rank, recipe.total_steps, quiet)
@@ -214,6 +217,7 @@ class Run:
             rank=self.engine.rank,
             world_size=self.engine.world_size,
             cursor=Cursor(micro_batches=self.counters.micro_batches, positions=self._positions),
+            indexes=self.indexes,
         )
         if self._stamp is not None:
             try:

@@ -39,7 +39,8 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     """
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
-    refuse_encoded(check_data(recipe, engine))
+    indexes = check_data(recipe, engine)
+    refuse_encoded(indexes)
     if recipe.validation_shards:
         refuse_encoded([load_index(recipe.validation_shards)])
     perceptual = _perceptual(recipe, process)
@@ -64,7 +65,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
         adversary = {f"discriminator-{group}": tensors for group, tensors in replica.fragments().items()}
         return {"model": engine.weight_fragments(), **ema.groups(), **engine.moment_fragments(), **adversary}
 
-    run = Run(directory, recipe, engine, checkpointer, replica.counters, quiet)
+    run = Run(directory, recipe, engine, checkpointer, replica.counters, indexes, quiet)
     run.resume(snapshot, groups)
     if snapshot is not None:
         replica.set_adam_step(snapshot.state["discriminator_adam_step"])

@@ -59,7 +59,7 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
         "image_size": recipe.data.image_size,
         "weights": recipe.ema.names[0],
     }
-    run = Run(directory, recipe, engine, checkpointer, lambda: {"pipeline": pipeline}, quiet)
+    run = Run(directory, recipe, engine, checkpointer, lambda: {"pipeline": pipeline}, indexes, quiet)
     run.resume(snapshot, groups)
 
     def draw(path: Path) -> None:
