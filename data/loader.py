@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -22,7 +22,7 @@ from data.captions import CaptionConfig, choose_caption, choose_index
 from data.decode import BadImage
 from data.encoded import EncodedBatch, EncodedSample, Encoding, collate, cut_box, unpack_sample
 from data.errors import DataError
-from data.index import load_index
+from data.index import Index, load_index
 from data.loader_config import LoaderConfig as LoaderConfig  # for those who use the loader
 from data.loader_config import MixConfig as MixConfig
 from data.object_store import join
@@ -118,11 +118,13 @@ def build_loader(
     rank: int,
     world_size: int,
     cursor: Cursor | None = None,
+    indexes: Sequence[Index] = (),
 ) -> Loader:
     """Opens the data sets and returns this rank's micro-batches, from the cursor on (default: from the start).
 
     Micro-batch g goes to rank g mod world_size and holds the sample numbers g * micro_batch_size + j. A resume passes
-    the cursor of what all ranks consumed, and may do so with another number of ranks or workers.
+    the cursor of what all ranks consumed, and may do so with another number of ranks or workers. `indexes` are those of
+    the data sets if they were read before, which takes a while for a hundred thousand shards.
 
     Raises:
         DataError: no index, ranks x workers do not divide the streams, too few samples, or a first micro-batch that
@@ -131,7 +133,8 @@ def build_loader(
     cursor = cursor or Cursor()
     check_workers(config.num_streams, world_size, config.num_workers)
     next(micro_batches_of(cursor.micro_batches, rank, world_size))  # refuses a bad start here, not in a worker
-    sets = tuple(_open(config, number, seed) for number in range(len(config.sources)))
+    indexes = indexes or [load_index(source.shards) for source in config.sources]
+    sets = tuple(_open(config, number, seed, index) for number, index in enumerate(indexes))
     _check_encodings(sets)
     one_shape = len(sets) == 1 and config.buckets is None and sets[0].encoding is None
     window = WindowConfig(
@@ -147,9 +150,8 @@ def build_loader(
     return Loader(dataset, order_stamp(config, sets, window))
 
 
-def _open(config: LoaderConfig, number: int, seed: int) -> DataSet:
+def _open(config: LoaderConfig, number: int, seed: int, index: Index) -> DataSet:
     source = config.sources[number]
-    index = load_index(source.shards)
     try:
         order = Order(
             seed=seed,

@@ -6,7 +6,7 @@ from torch import Tensor
 from eval.held_out import HeldOut
 from eval.pictures import to_images
 from models import prng
-from models.diffusion import interpolate, target
+from models.diffusion import interpolate, network_input, target, velocity_error
 from models.pipeline import TextToImage
 
 NUM_TIMES = 8  # t = 1/16, 3/16, …, 15/16: the middles of eight equal parts of [0, 1]
@@ -16,7 +16,9 @@ NUM_TIMES = 8  # t = 1/16, 3/16, …, 15/16: the middles of eight equal parts of
 def validation_loss(pipeline: TextToImage, held_out: HeldOut, batch_size: int, seed: int = 0) -> dict[str, float]:
     """Mean squared error of the predicted velocity on held-out pictures, conditional, per time and averaged.
 
-    Latents are posterior means; the noise of sample i is a function of (seed, i), the same at every time.
+    Whatever the network predicts, the error is that of noise - latents, without the weights of training; at one t two
+    paths differ in noise, so figures compare within a path. Latents are posterior means; the noise of sample i is a
+    function of (seed, i), the same at every time.
 
     Returns:
         ``{"mean": …, "t=0.0625": …, …}``.
@@ -32,8 +34,10 @@ def validation_loss(pipeline: TextToImage, held_out: HeldOut, batch_size: int, s
         for i, time in enumerate(fixed_times()):
             t = torch.full((len(latents),), time, device=pipeline.device)
             x_t = interpolate(pipeline.diffusion, latents, noise, t)
-            predicted = pipeline.dit(x_t, t, text.text_embeds, text.pooled, text.text_mask)
+            x_in = network_input(pipeline.diffusion, x_t, t)
+            predicted = pipeline.dit(x_in, t, text.text_embeds, text.pooled, text.text_mask)
             totals[i] += _squared_error(predicted, target(pipeline.diffusion, latents, noise, t))
+    totals *= velocity_error(pipeline.diffusion, torch.tensor(fixed_times(), dtype=torch.float64))
     losses = (totals / count).tolist()
     return {"mean": sum(losses) / NUM_TIMES} | {
         f"t={time:.4f}": loss for time, loss in zip(fixed_times(), losses, strict=True)

@@ -328,6 +328,27 @@ def checkpoint_verify(url: Checkpoints, quiet: Quiet = False, as_json: AsJson = 
     end_with_problems(url, problems, f"{url}: {len(steps)} good", remedy, quiet, as_json)
 
 
+@checkpoint_app.command("ema")
+def checkpoint_ema(
+    url: Checkpoints,
+    sigma_rel: Annotated[float, typer.Option(help="Width of the average, as a share of the steps: 0.10.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="New safetensors file.")],
+    step: Annotated[int | None, typer.Option(help="Committed step at which it ends [default: the newest].")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit an average of the weights that was not kept from those that were (ema.sigma_rels)."""
+    from launch.checks import check_local
+
+    check_local("--out", out)
+    store, _ = _commits(url)
+    from training.post_hoc_ema import write_post_hoc_ema
+
+    facts = write_post_hoc_ema(store.url, sigma_rel, out, step)
+    if as_json or not quiet:
+        show(facts, as_json)
+
+
 # --- doctor -------------------------------------------------------------------------------------------------------
 
 

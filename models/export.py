@@ -46,8 +46,8 @@ def export_diffusers(pipeline: TextToImage, out: str | Path, num_steps: int = 28
         The largest difference of a pixel in [0, 1] over all pictures of the proof.
 
     Raises:
-        ModelError: The folder exists, diffusers is not installed, the text encoders do not fit the pipeline's
-            layout or mask their padding, or the pictures differ by more than 1e-3.
+        ModelError: The folder exists, diffusers is not installed, the diffusion is not the pipeline's, the text
+            encoders do not fit its layout or mask their padding, or the pictures differ by more than 1e-3.
     """
     _check_layout(pipeline)
     with _quiet(_diffusers()) as diffusers:
@@ -68,7 +68,7 @@ def _export(diffusers: Any, pipeline: TextToImage, out: Path, num_steps: int, gu
     with new_folder(out) as temporary:
         theirs = diffusers.StableDiffusion3Pipeline(
             transformer=_filled(diffusers.SD3Transformer2DModel, *_state_of(pipeline.dit, dit_to_diffusers)),
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=pipeline.diffusion.shift),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=_shift(pipeline)),
             vae=_filled(diffusers.AutoencoderKL, *_state_of(pipeline.autoencoder, autoencoder_to_diffusers)),
             text_encoder=_clip_model(clips[0]),
             tokenizer=_clip_tokenizer(clips[0]),
@@ -157,7 +157,19 @@ def _quiet(diffusers: Any) -> Iterator[Any]:
             logging.enable_progress_bar()
 
 
+def _shift(pipeline: TextToImage) -> float:
+    """The scheduler's one shift: that of pictures of the size that darkroom.json recommends."""
+    side = pipeline.image_size // pipeline.autoencoder.config.downsampling
+    return pipeline.shift(side, side)
+
+
 def _check_layout(pipeline: TextToImage) -> None:
+    path, prediction = pipeline.diffusion.path, pipeline.diffusion.prediction
+    if (path, prediction) != ("rectified_flow", "velocity"):
+        raise ModelError(
+            f"the DiT was trained with path: {path} and prediction: {prediction}, but StableDiffusion3Pipeline knows"
+            " rectified_flow with velocity alone; draw with `darkroom sample`, or train with those to export"
+        )
     if pipeline.conditioner.text_padding == "masked":
         raise ModelError(
             "the DiT was trained with text_padding: masked, but StableDiffusion3Pipeline attends to padding;"

@@ -15,11 +15,12 @@ from models.artifact import (
 )
 from models.autoencoder import Autoencoder, autoencoder_fingerprint, load_autoencoder, save_autoencoder
 from models.conditioner import TextCondition
-from models.diffusion import DiffusionConfig
+from models.diffusion import DiffusionConfig, network_input, to_velocity
 from models.dit import DiT, DiTConfig
 from models.errors import ModelError
 from models.sampler import guided, sample_flow
 from models.text_encoder import Conditioner
+from models.time_density import shift_of
 
 _KIND = "text_to_image"
 _AUTOENCODER, _TEXT_ENCODERS = "autoencoder", "text_encoders"
@@ -29,7 +30,7 @@ class TextToImage(nn.Module):
     """An autoencoder, a DiT and the text encoders that it was trained with.
 
     Attributes:
-        diffusion: The path; its shift is also the sampler's.
+        diffusion: The path and what the network predicts; the shift of its times is also the sampler's.
         image_size: Side of a picture in px when none is asked for.
     """
 
@@ -71,7 +72,7 @@ class TextToImage(nn.Module):
         Args:
             prompts: B texts; "" draws without a condition.
             seeds: B numbers.
-            num_steps: Euler steps of the probability-flow ODE.
+            num_steps: Euler steps of the probability-flow ODE, along the path.
             guidance_scale: w; 1 = no guidance, which costs half.
             height: In px; None = image_size.
             width: In px; None = image_size.
@@ -108,9 +109,19 @@ class TextToImage(nn.Module):
         guidance_scale: float,
     ) -> Tensor:
         """One batch: condition of B, null of 1, noise (B, C, h, w) to pictures (B, 3, H, W) in [0, 1]."""
-        denoise = guided(self.dit, condition, null, guidance_scale)
-        latents = sample_flow(denoise, noise, num_steps, self.diffusion.shift)  # (B, C, h, w)
+        predict = guided(self.dit, condition, null, guidance_scale)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            predicted = predict(network_input(self.diffusion, x, t), t)
+            return to_velocity(self.diffusion, predicted.float(), x, t)
+
+        shift = self.shift(noise.shape[2], noise.shape[3])
+        latents = sample_flow(denoise, noise, num_steps, shift, diffusion=self.diffusion)  # (B, C, h, w)
         return (self.autoencoder.decode(latents).float() * 0.5 + 0.5).clamp(0.0, 1.0)
+
+    def shift(self, height: int, width: int) -> float:
+        """The sampler's shift for latents of height x width, as training had it for pictures of that size."""
+        return shift_of(self.diffusion, height * width // self.dit.config.patch_size**2)
 
     def noise(self, seeds: list[int], height: int, width: int) -> Tensor:
         """(B, C, h, w): N(0, I) per picture, from its own seed, on the CPU and then moved."""

@@ -21,6 +21,7 @@ NOISE = 0  # the noise end of the diffusion path
 TIME = 1  # the path time t
 DROPOUT = 2  # which text encoders lose their condition (classifier-free guidance)
 POSTERIOR = 3  # epsilon of the autoencoder's reparameterised sample
+STRATUM = 4  # which part of (0, 1) a sample's time lies in; here the number is the optimiser step's
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -153,6 +153,7 @@ class EncodeRecipe:
 
 def _check_steps(recipe: AutoencoderRecipe | DiTRecipe) -> None:
     _check_least(recipe, total_steps=1, log_every_steps=1, seed=0)
+    recipe.schedule.check(recipe.total_steps, recipe.engine.global_batch_size)
     if recipe.checkpoint.every_steps % recipe.log_every_steps:
         raise ValueError(
             f"checkpoint.every_steps {recipe.checkpoint.every_steps} is not a multiple of log_every_steps "

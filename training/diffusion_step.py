@@ -8,8 +8,9 @@ from data.loader import Batch
 from models import prng
 from models.autoencoder import Autoencoder
 from models.conditioner import TextCondition, TextFeatures
-from models.diffusion import DiffusionConfig, interpolate, sample_t, target
+from models.diffusion import DiffusionConfig, interpolate, loss_weight, network_input, target
 from models.text_encoder import Conditioner
+from models.time_density import sample_t, time_uniforms
 from training.frozen import Frozen
 
 
@@ -60,12 +61,15 @@ def diffusion_step(
     *,
     seed: int,
     sample_latents: bool,
+    global_batch_size: int,
+    patch_size: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one micro-batch of pictures and captions, or of what was encoded from them.
 
-    Posterior, noise, t and CFG dropout are functions of (seed, sample number): no two ranks draw the same, and the draw
-    does not depend on the number of ranks. Returns the weighted mean squared error of the velocity (Eq. 14,
-    arXiv:2403.03206, without a loss weighting) and scalars to log.
+    Posterior, noise, t and CFG dropout are functions of (seed, sample number), and with strata of global_batch_size: no
+    two ranks draw the same, and the draw does not depend on the number of ranks. Returns the mean squared error of what
+    the network predicts, weighted by time as the diffusion says (for the velocity of rectified flow without weights:
+    Eq. 14, arXiv:2403.03206), and scalars to log.
     """
     device = frozen.device
     dropout = torch.tensor(frozen.conditioner.dropout)  # (E,) probability that a condition becomes the encoder's null
@@ -76,7 +80,8 @@ def diffusion_step(
     else:
         latents = stored_latents(frozen.autoencoder, batch.encoded.moments.to(device), numbers, seed, sample_latents)
     noise = prng.normal(seed, prng.NOISE, numbers, tuple(latents.shape[1:]))
-    t = sample_t(diffusion, prng.uniform(seed, prng.TIME, numbers))  # (B,)
+    tokens = latents.shape[2] * latents.shape[3] // patch_size**2  # a micro-batch has one shape
+    t = sample_t(diffusion, time_uniforms(diffusion, seed, numbers, global_batch_size), tokens)  # (B,)
     drop = prng.uniform(seed, prng.DROPOUT, batch.sample_numbers, (len(dropout),)) < dropout  # (B, E), on the host
     if batch.encoded is None:
         text = frozen.conditioner.encode(batch.captions, drop)
@@ -84,9 +89,9 @@ def diffusion_step(
         text = stored_text(frozen.conditioner, batch.encoded, drop, device)
 
     x_t = interpolate(diffusion, latents, noise, t)
-    prediction = dit(x_t, t, text.text_embeds, text.pooled, text.text_mask)
+    prediction = dit(network_input(diffusion, x_t, t), t, text.text_embeds, text.pooled, text.text_mask)
     error = (prediction.float() - target(diffusion, latents, noise, t)).square().flatten(1).mean(1)  # (B,)
-    loss = (error * weights).mean()
+    loss = (error * loss_weight(diffusion, t) * weights).mean()
     dropped = {
         f"dropped_{name}": rate
         for name, rate in zip(frozen.conditioner.names, drop.float().mean(0).to(device), strict=True)

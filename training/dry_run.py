@@ -8,6 +8,7 @@ from models.autoencoder import Autoencoder
 from models.discriminator import Discriminator
 from models.dit import DiT, dit_flops
 from training.config import AutoencoderRecipe, DiTRecipe
+from training.optim import parameter_groups
 from training.train_dit import dit_config_of, load_frozen
 
 
@@ -17,7 +18,7 @@ def describe(recipe: AutoencoderRecipe | DiTRecipe, world_size: int) -> str:
     A DiT's widths follow from its autoencoder artifact and its text encoders, so these are opened.
 
     Raises:
-        TrainingError: the batch does not divide over the ranks, or an artifact is missing.
+        TrainingError: the batch does not divide over the ranks, an artifact is missing, or a parameter group is empty.
     """
     lines = _autoencoder(recipe) if isinstance(recipe, AutoencoderRecipe) else _dit(recipe)
     return f"{dump_yaml(to_dict(recipe))}---\n" + "\n".join([*lines, *_batch(recipe, world_size)])
@@ -27,6 +28,8 @@ def _autoencoder(recipe: AutoencoderRecipe) -> list[str]:
     factor, side = recipe.model.downsampling, recipe.data.image_size // recipe.model.downsampling
     with torch.device("meta"):
         autoencoder, discriminator = Autoencoder(recipe.model), Discriminator(recipe.discriminator)
+    parameter_groups(autoencoder, recipe.optim)
+    parameter_groups(discriminator, recipe.discriminator_optim, "discriminator_optim")
     perceptual = "LPIPS" if recipe.loss.perceptual_weights else "none (no weights given)"
     return [
         f"autoencoder     {_count(autoencoder)} parameters",
@@ -41,6 +44,7 @@ def _dit(recipe: DiTRecipe) -> list[str]:
     config = dit_config_of(recipe, frozen)
     with torch.device("meta"):
         dit = DiT(config)
+    parameter_groups(dit, recipe.optim)
     side = recipe.data.image_size // frozen.autoencoder.config.downsampling
     tokens, text_tokens = (side // config.patch_size) ** 2, frozen.conditioner.num_tokens
     gflop = 3 * dit_flops(config, tokens, text_tokens) / 1e9

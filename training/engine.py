@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.errors import TrainingError
-from training.optim import OptimConfig, build_adamw
+from training.optim import OptimConfig, build_adamw, fresh_state, set_learning_rate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -147,8 +147,8 @@ class Engine:
         self._accelerator.backward(loss)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        """The schedule's rate for the next step; each parameter group keeps its own scale."""
+        set_learning_rate(self._optimizer.param_groups, learning_rate)
 
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last step before clipping; None at stage 0, where DeepSpeed does not tell.
@@ -236,11 +236,7 @@ class Engine:
         state = self._base_optimizer().state
         for partition in self._flat_partitions():
             if not state[partition]:
-                state[partition].update(
-                    step=torch.zeros((), dtype=torch.float32),
-                    exp_avg=torch.zeros_like(partition),
-                    exp_avg_sq=torch.zeros_like(partition),
-                )
+                state[partition].update(fresh_state(self._base_optimizer(), partition))
 
     def _fragments(self, moment: str | None) -> Iterator[tuple[str, Fragment]]:
         state = self._base_optimizer().state
@@ -308,11 +304,7 @@ class Replica:
         for name, parameter in self.module.named_parameters():
             state = self.optimizer.state[parameter]
             if not state:
-                state.update(
-                    step=torch.zeros((), dtype=torch.float32),
-                    exp_avg=torch.zeros_like(parameter),
-                    exp_avg_sq=torch.zeros_like(parameter),
-                )
+                state.update(fresh_state(self.optimizer, parameter))
             shape = tuple(parameter.shape)
             for group, data in (("weights", parameter.data), *((key, state[key]) for key in ("exp_avg", "exp_avg_sq"))):
                 groups[group][name] = Fragment(data=data, start=0, shape=shape, replicated=True)

@@ -26,7 +26,8 @@ from data.index import Index
 from data.ledger import Ledger
 from data.loader import Batch, build_loader, check_stamp
 from data.streams import Cursor, Position
-from launch.config_io import dump_yaml, read_yaml, to_dict
+from launch.config_io import dump_yaml, from_dict, read_yaml, to_dict
+from launch.errors import ConfigError
 from launch.runtime import PreemptionFlag, Ranks
 from training.checkpoint import Checkpointer, Groups, Snapshot
 from training.config import AutoencoderRecipe, DiTRecipe
@@ -67,7 +68,7 @@ def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) ->
         old = read_yaml(path).get("recipe")
         if not isinstance(old, dict):
             raise TrainingError(f"{path} holds no recipe; restore it, or give another --run")
-        refuse_other_recipe(old, resolved, directory)
+        refuse_other_recipe(_completed(old, type(recipe), path), resolved, directory)
     elif ranks.rank == 0:
         if directory.exists() and any(directory.iterdir()):
             raise TrainingError(f"{directory} exists but is no run (no run.yaml); choose another --run or empty it")
@@ -75,6 +76,15 @@ def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) ->
         partial = path.with_suffix(".partial")
         partial.write_text(dump_yaml({"recipe": resolved, "provenance": provenance()}), encoding="utf-8")
         partial.rename(path)
+
+
+def _completed(old: dict[str, Any], schema: type[Any], path: Path) -> dict[str, Any]:
+    """The run's recipe with the defaults of fields that came after it, so that an old run goes on."""
+    try:
+        recipe: Any = from_dict(schema, {key: value for key, value in old.items() if key != "kind"}, str(path))
+    except ConfigError:
+        return old  # of another kind, or with a field that is no more: compared as it stands
+    return {"kind": old.get("kind"), **to_dict(recipe)}
 
 
 def refuse_other_recipe(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
@@ -143,6 +153,7 @@ class Run:
         engine: gives ranks and collectives.
         checkpointer: where commits go.
         describe: gives plain values that every commit carries along for its readers.
+        indexes: of the data sets, as `check_data` read them.
         quiet: no progress line.
     """
 
@@ -153,6 +164,7 @@ class Run:
         engine: Engine,
         checkpointer: Checkpointer,
         describe: Callable[[], dict[str, Any]],
+        indexes: tuple[Index, ...],
         quiet: bool,
     ) -> None:
         self.directory = directory
@@ -160,6 +172,7 @@ class Run:
         self.engine = engine
         self.checkpointer = checkpointer
         self.describe = describe
+        self.indexes = indexes
         self.counters = Counters()
         self.meter = Meter()
         self.metrics = Metrics(directory, engine.rank, recipe.total_steps, quiet)
@@ -204,6 +217,7 @@ class Run:
             rank=self.engine.rank,
             world_size=self.engine.world_size,
             cursor=Cursor(micro_batches=self.counters.micro_batches, positions=self._positions),
+            indexes=self.indexes,
         )
         if self._stamp is not None:
             try:

@@ -26,6 +26,7 @@ from training.errors import TrainingError
 from training.hooks import write_grid
 from training.loop import Run, check_data, open_run_directory
 from training.losses import psnr_db
+from training.optim import parameter_groups
 from training.schedule import learning_rate
 
 
@@ -38,15 +39,17 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     """
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
-    refuse_encoded(check_data(recipe, engine))
+    indexes = check_data(recipe, engine)
+    refuse_encoded(indexes)
     if recipe.validation_shards:
         refuse_encoded([load_index(recipe.validation_shards)])
     perceptual = _perceptual(recipe, process)
+    autoencoder, discriminator = Autoencoder(recipe.model), Discriminator(recipe.discriminator)
+    parameter_groups(autoencoder, recipe.optim)  # refused before there is a run directory
+    parameter_groups(discriminator, recipe.discriminator_optim, "discriminator_optim")
     open_run_directory(directory, recipe, "autoencoder", process)
 
-    autoencoder = Autoencoder(recipe.model)
     autoencoder.init_weights(recipe.seed)
-    discriminator = Discriminator(recipe.discriminator)
     discriminator.init_weights(recipe.seed + 1)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
@@ -59,11 +62,10 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
         perceptual.to(engine.device)
 
     def groups() -> Groups:
-        averages = {f"ema-{decay}": ema.fragments(decay) for decay in recipe.ema.decays}
         adversary = {f"discriminator-{group}": tensors for group, tensors in replica.fragments().items()}
-        return {"model": engine.weight_fragments(), **averages, **engine.moment_fragments(), **adversary}
+        return {"model": engine.weight_fragments(), **ema.groups(), **engine.moment_fragments(), **adversary}
 
-    run = Run(directory, recipe, engine, checkpointer, replica.counters, quiet)
+    run = Run(directory, recipe, engine, checkpointer, replica.counters, indexes, quiet)
     run.resume(snapshot, groups)
     if snapshot is not None:
         replica.set_adam_step(snapshot.state["discriminator_adam_step"])
@@ -92,7 +94,9 @@ def loop(
     autoencoder = engine.module
     assert isinstance(autoencoder, Autoencoder)
     for step in run.steps():
-        rate = learning_rate(recipe.schedule, recipe.optim.learning_rate, step, recipe.total_steps)
+        rate = learning_rate(
+            recipe.schedule, recipe.optim.learning_rate, step, recipe.total_steps, recipe.engine.global_batch_size
+        )
         engine.set_learning_rate(rate)
         for micro, batch in enumerate(run.micro_batches(loader)):
             images, weights = batch.images(engine.device), batch.weights.to(engine.device)

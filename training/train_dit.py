@@ -18,6 +18,7 @@ from training.errors import TrainingError
 from training.frozen import Frozen, check_encodings, load_frozen
 from training.hooks import sample_grid
 from training.loop import Run, check_data, open_run_directory
+from training.optim import parameter_groups
 from training.schedule import learning_rate
 
 
@@ -34,9 +35,10 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     frozen = load_frozen(recipe)
     dit_config = dit_config_of(recipe, frozen)
     check_encodings(recipe, frozen, indexes)
+    dit = DiT(dit_config)
+    parameter_groups(dit, recipe.optim)  # refused before there is a run directory
     open_run_directory(directory, recipe, "dit", process)
 
-    dit = DiT(dit_config)
     dit.init_weights(recipe.seed)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
@@ -49,16 +51,15 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     ema = EMA(recipe.ema, engine.weight_fragments())
 
     def groups() -> Groups:
-        averages = {f"ema-{decay}": ema.fragments(decay) for decay in recipe.ema.decays}
-        return {"model": engine.weight_fragments(), **averages, **engine.moment_fragments()}
+        return {"model": engine.weight_fragments(), **ema.groups(), **engine.moment_fragments()}
 
     pipeline = {
         "dit": config_to_dict(dit_config),
         "diffusion": config_to_dict(recipe.diffusion),
         "image_size": recipe.data.image_size,
-        "weights": f"ema-{recipe.ema.decays[0]}",
+        "weights": recipe.ema.names[0],
     }
-    run = Run(directory, recipe, engine, checkpointer, lambda: {"pipeline": pipeline}, quiet)
+    run = Run(directory, recipe, engine, checkpointer, lambda: {"pipeline": pipeline}, indexes, quiet)
     run.resume(snapshot, groups)
 
     def draw(path: Path) -> None:
@@ -82,7 +83,9 @@ def loop(
     """Forward, backward and step."""
     loader = run.open_loader()
     for step in run.steps():
-        rate = learning_rate(recipe.schedule, recipe.optim.learning_rate, step, recipe.total_steps)
+        rate = learning_rate(
+            recipe.schedule, recipe.optim.learning_rate, step, recipe.total_steps, recipe.engine.global_batch_size
+        )
         engine.set_learning_rate(rate)
         for batch in run.micro_batches(loader):
             with engine.accumulate():
@@ -94,6 +97,8 @@ def loop(
                         recipe.diffusion,
                         seed=recipe.seed,
                         sample_latents=recipe.latents == "sample",
+                        global_batch_size=recipe.engine.global_batch_size,
+                        patch_size=recipe.model.patch_size,
                     )
                 engine.backward(loss)  # on the last micro-batch: reduce, clip, AdamW
             run.meter.add(**scalars)

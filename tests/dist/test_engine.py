@@ -22,12 +22,15 @@ def results(tmp_path_factory):
     return json.loads((folder / "results.json").read_text())
 
 
-CASES = [*(f"stage {stage}" for stage in range(4)), "2 then 3", "3 then 1", "1 then 0", "0 then 2"]
+CASES = [
+    *(f"stage {stage}{optim}" for stage in range(4) for optim in ("", ", groups")),
+    *("2 then 3", "3 then 1", "1 then 0", "0 then 2", "3 then 2, groups"),
+]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_and_averages_are_those_of_one_process(results, case):
-    """Accumulation 2, clipping active, two parameter groups; the difference is the order of a float32 sum."""
+    """Accumulation 2, clipping active, a falling rate, two or four parameter groups; the difference is the order of a float32 sum."""
     assert results[case]["weights"] < 1e-6
     assert results[case]["ema"] < 1e-6
     assert results[case]["adam_step"] == 5

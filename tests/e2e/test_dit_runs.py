@@ -16,6 +16,13 @@ def curve(run, keys=EXACT):
     return [{key: row[key] for key in keys} for row in read_metrics(run / "metrics.jsonl")]
 
 
+def committed(run, step):
+    """Every tensor of a commit: weights, averages and moments."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    return {(key.partition("/")[2], name): tensor for key in files for name, tensor in load_file(folder / key).items()}
+
+
 @pytest.fixture(scope="module")
 def whole(world):
     """Eight steps on two ranks under ZeRO-2, undisturbed."""
@@ -33,7 +40,9 @@ def test_the_run_directory_is_as_documented(whole):
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
     assert (whole / "samples" / "step-00000008.png").exists()
     manifest = json.loads((whole / "checkpoints" / "step-00000008" / "manifest.json").read_text())
-    assert set(manifest["meta"]["index"]) == {"model", "ema-0.9", "ema-0.5", "exp_avg", "exp_avg_sq"}
+    assert set(manifest["meta"]["index"]) == {
+        *("model", "ema-0.9", "ema-0.5", "ema-power-0.10", "exp_avg", "exp_avg_sq")
+    }
     assert manifest["meta"]["state"]["counters"]["micro_batches"] == 8 * 8 // 2
 
 
@@ -68,6 +77,8 @@ def test_sigkill_and_resume_repeats_the_curve_bit_for_bit(world, whole, die, res
     assert curve(run) == curve(whole)
     mine, theirs = (load_file(folder / "artifact" / "model.safetensors") for folder in (run, whole))
     assert all(mine[name].equal(theirs[name]) for name in theirs)
+    mine, theirs = (committed(folder, 8) for folder in (run, whole))
+    assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in theirs)
 
 
 def test_damaged_checkpoint_falls_back_and_says_so(world, whole):

@@ -6,6 +6,7 @@ Usage: engine_worker.py FOLDER. Writes one JSON of measured differences per stag
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,21 @@ from data.errors import DataError
 from data.manifest import list_commits
 from launch.runtime import ranks
 from training.checkpoint import CheckpointConfig, Checkpointer, Groups
-from training.ema import EMA, EMAConfig
+from training.ema import EMA, EMAConfig, gamma_of, power_name
 from training.engine import Engine, EngineConfig
 from training.errors import TrainingError
-from training.optim import OptimConfig, build_adamw
+from training.optim import OptimConfig, ParameterGroup, build_adamw, set_learning_rate
 
 STEPS, MICRO, GLOBAL = 5, 2, 8
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
-EMAS = EMAConfig(decays=(0.9, 0.5), warmup=False)
+GROUPED = replace(
+    OPTIM,
+    groups=(
+        ParameterGroup(match="2.*", weight_decay=0.3, learning_rate_scale=0.25),
+        ParameterGroup(match="*.bias", learning_rate_scale=2.0),
+    ),
+)
+EMAS = EMAConfig(decays=(0.9, 0.5), warmup=False, sigma_rels=(0.1,))
 CLIP = 0.05  # below the norms met here, so clipping is really in the comparison
 
 
@@ -43,23 +51,31 @@ def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model(x).square().mean()
 
 
-def reference() -> tuple[dict, dict]:
-    """Weights and averages after STEPS steps of plain torch on the whole batch, in float64 with AdamW's own formula."""
+def rate(step: int) -> float:
+    return OPTIM.learning_rate * (1 - 0.1 * step)
+
+
+def reference(optim: OptimConfig) -> tuple[dict, dict]:
+    """Weights and averages after STEPS steps of plain torch on the whole batch."""
     model = build()
-    optimizer = build_adamw(model, OPTIM)
-    averages = {d: {n: p.detach().clone() for n, p in model.named_parameters()} for d in EMAS.decays}
+    optimizer = build_adamw(model, optim)
+    averages = {d: {n: p.detach().clone() for n, p in model.named_parameters()} for d in EMAS.names}
     for step in range(STEPS):
+        set_learning_rate(optimizer.param_groups, rate(step))
         optimizer.zero_grad()
         loss_of(model, torch.cat([micro_batch(step, i) for i in range(GLOBAL // MICRO)])).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        for decay, average in averages.items():
+        power = (1 - 1 / (step + 1)) ** (gamma_of(0.1) + 1)
+        for group, decay in (("ema-0.9", 0.9), ("ema-0.5", 0.5), (power_name(0.1), power)):
             for name, parameter in model.named_parameters():
-                average[name].lerp_(parameter.detach(), 1 - decay)
+                averages[group][name].lerp_(parameter.detach(), 1 - decay)
     return {n: p.detach() for n, p in model.named_parameters()}, averages
 
 
-def run_stage(stage: int, folder: Path, start: int, steps: int, source: Path | None) -> dict[str, Any]:
+def run_stage(
+    stage: int, folder: Path, start: int, steps: int, source: Path | None, optim: OptimConfig = OPTIM
+) -> dict[str, Any]:
     """Trains steps [start, start + steps) at one stage, from a checkpoint if `source` is given; saves at the end."""
     process = ranks()
     config = EngineConfig(zero_stage=stage, precision="float32", micro_batch_size=MICRO, global_batch_size=GLOBAL,
@@ -69,17 +85,17 @@ def run_stage(stage: int, folder: Path, start: int, steps: int, source: Path | N
     snapshot = Checkpointer(source, CheckpointConfig(), engine).newest() if source else None
     if snapshot:
         snapshot.load_module(model)
-    engine.shard(model, OPTIM)
+    engine.shard(model, optim)
     ema = EMA(EMAS, engine.weight_fragments())
 
     def groups():
-        averages = {f"ema-{decay}": ema.fragments(decay) for decay in EMAS.decays}
-        return {"model": engine.weight_fragments(), **averages, **engine.moment_fragments()}
+        return {"model": engine.weight_fragments(), **ema.groups(), **engine.moment_fragments()}
 
     if snapshot:
         snapshot.restore(groups())
         engine.set_adam_step(snapshot.state["adam_step"])
     for step in range(start, start + steps):
+        engine.set_learning_rate(rate(step))
         for accumulation in range(engine.accumulation_steps):
             with engine.accumulate():
                 number = accumulation * process.world_size + process.rank
@@ -89,14 +105,14 @@ def run_stage(stage: int, folder: Path, start: int, steps: int, source: Path | N
     Checkpointer(folder, CheckpointConfig(), engine).save(start + steps, groups(), {"adam_step": engine.adam_step()})
     saved = Checkpointer(folder, CheckpointConfig(), engine).newest()
     assert saved is not None
-    weights, averages = reference()
+    weights, averages = reference(optim)
     live = engine.all_gather(engine.weight_fragments())
     result = {
         "weights": max(float((saved.tensor("model", n) - w).abs().max()) for n, w in weights.items()),
         "masters_are_what_is_saved": max(float((saved.tensor("model", n) - live[n]).abs().max()) for n in weights),
         "ema": max(
-            float((saved.tensor(f"ema-{d}", n) - w).abs().max())
-            for d, average in averages.items()
+            float((saved.tensor(group, n) - w).abs().max())
+            for group, average in averages.items()
             for n, w in average.items()
         ),
         "ema_elements_on_this_rank": sharded,
@@ -147,12 +163,18 @@ if __name__ == "__main__":
     for stage in (0, 1, 2, 3):
         results[f"stage {stage}"] = run_stage(stage, root / f"whole-{stage}", 0, STEPS, None)
         forget_accelerate()
+        results[f"stage {stage}, groups"] = run_stage(stage, root / f"groups-{stage}", 0, STEPS, None, GROUPED)
+        forget_accelerate()
     for first, second in ((2, 3), (3, 1), (1, 0), (0, 2)):
         part = root / f"part-{first}-{second}"
         run_stage(first, part, 0, 2, None)
         forget_accelerate()
         results[f"{first} then {second}"] = run_stage(second, root / f"rest-{first}-{second}", 2, STEPS - 2, part)
         forget_accelerate()
+    part = root / "part-groups"
+    run_stage(3, part, 0, 2, None, GROUPED)
+    forget_accelerate()
+    results["3 then 2, groups"] = run_stage(2, root / "rest-groups", 2, STEPS - 2, part, GROUPED)
     if ranks().rank == 0:
         (root / "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()

@@ -54,7 +54,7 @@ def dit_recipe(data: Path, autoencoder: Path, **changes) -> DiTRecipe:
         "model": DiTArchitecture(depth=2, width=32, num_heads=2, max_grid=8),
         "engine": EngineConfig(zero_stage=2, micro_batch_size=2, global_batch_size=8, max_grad_norm=0.5),
         "optim": OptimConfig(learning_rate=1e-3, weight_decay=0.01),
-        "ema": EMAConfig(decays=(0.9, 0.5)),
+        "ema": EMAConfig(decays=(0.9, 0.5), sigma_rels=(0.1,)),
         "checkpoint": CheckpointConfig(every_steps=4, keep_last=2),
         "samples": SamplesConfig(every_steps=8, prompts=("a red seven", "a blue two", "a green one"), num_steps=2),
         "total_steps": 8,

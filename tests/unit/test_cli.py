@@ -297,6 +297,35 @@ def test_checkpoints_are_listed_and_verified(darkroom: Any, tmp_path: Path) -> N
     assert code == 2 and "no committed checkpoint" in err
 
 
+def test_an_average_is_found_from_those_that_were_kept(darkroom: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from data.manifest import FileEntry, Manifest, file_sha256, step_folder, write_manifest
+    from data.object_store import open_store
+
+    run, out = tmp_path / "run", tmp_path / "found" / "average.safetensors"
+    store, files, index = open_store(str(run / "checkpoints")), {}, {}
+    for group, value in (("ema-power-0.05", 1.0), ("ema-power-0.10", 2.0)):
+        key = f"a0/{group}-00000.safetensors"
+        save_file({"weight": torch.full((2, 2), value)}, tmp_path / "staging")
+        store.put_file(tmp_path / "staging", f"{step_folder(8)}/{key}")
+        digest = file_sha256(store, f"{step_folder(8)}/{key}")
+        files[key] = FileEntry(size_bytes=(tmp_path / "staging").stat().st_size, sha256=digest)
+        index[group] = {"weight": key}
+    assert write_manifest(store, step_folder(8), Manifest(step=8, attempt="a0", files=files, meta={"index": index}))
+
+    command = ("checkpoint", "ema", str(run), "--sigma-rel", "0.1", "--out")
+    code, printed, _ = darkroom(*command, str(out))
+    assert code == 0 and "residual" in printed and "step 8, group ema-power-0.10, weight 1" in printed
+    assert load_file(out)["weight"].tolist() == [[pytest.approx(2.0)] * 2] * 2
+    assert darkroom(*command, str(out))[0] == 2
+    code, printed, _ = darkroom(*command, str(tmp_path / "b"), "--json", "--step", "8")
+    assert [used["group"] for used in json.loads(printed)["used"]] == ["ema-power-0.05", "ema-power-0.10"]
+    code, _, err = darkroom(*command, "s3://bucket/x")
+    assert code == 2 and err.strip().endswith("must be a local folder")
+
+
 def test_the_way_of_the_data(darkroom: Any, tmp_path: Path) -> None:
     data = tmp_path / "data"
     code, printed, err = darkroom(

@@ -1,33 +1,19 @@
-"""Paths, targets, conversions and the density of training times."""
+"""The default diffusion, and what a config refuses."""
 
 import pytest
 import torch
-from scipy import integrate, stats
 
-from models import prng
 from models.diffusion import (
     DiffusionConfig,
     a,
     b,
-    density,
     interpolate,
-    sample_t,
-    shift_time,
     target,
     to_noise,
     to_score,
     to_velocity,
     to_x0,
 )
-
-DENSITIES = [
-    DiffusionConfig(time_density="uniform"),
-    DiffusionConfig(time_density="uniform", shift=3.0),
-    DiffusionConfig(),
-    DiffusionConfig(logit_mean=-0.5, logit_std=0.7),
-    DiffusionConfig(logit_mean=0.3, logit_std=1.4, shift=3.0),
-    DiffusionConfig(shift=0.4),
-]
 
 
 def pair(batch=4):
@@ -92,63 +78,31 @@ def test_the_score_of_a_gaussian():
     torch.testing.assert_close(to_score(config, velocity, x_t, t), -x_t / variance)
 
 
-@pytest.mark.parametrize("config", DENSITIES)
-def test_the_density_integrates_to_one_and_is_what_is_drawn(config):
-    def pdf(t):
-        return density(config, torch.tensor(t)).item()
-
-    total, _ = integrate.quad(pdf, 0, 1, limit=200)
-    assert total == pytest.approx(1.0, abs=1e-6)
-    t = sample_t(config, prng.uniform(11, prng.TIME, torch.arange(4000)))
-    assert t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1
-    edges = torch.linspace(0, 1, 9)
-    masses = torch.tensor([integrate.quad(pdf, *edges[i : i + 2].tolist())[0] for i in range(8)], dtype=torch.float64)
-    found = torch.histc(t, 8, 0, 1).double()
-    assert stats.chisquare(found.numpy(), (4000 * masses / masses.sum()).numpy()).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("config", DENSITIES)
-def test_times_invert_the_distribution_function(config):
-    for u in (0.05, 0.5, 0.9):
-        t = sample_t(config, torch.tensor([u])).item()
-        below, _ = integrate.quad(lambda s: density(config, torch.tensor(s)).item(), 0, t, limit=200)
-        assert below == pytest.approx(u, abs=1e-5)
-
-
-def test_the_density_of_the_paper():
-    t = torch.linspace(0.01, 0.99, 21)
-    expected = stats.norm.pdf(torch.logit(t.double()), 0.5, 1.2) / (t * (1 - t)).double()
-    torch.testing.assert_close(density(DiffusionConfig(logit_mean=0.5, logit_std=1.2), t), expected, rtol=1e-5, atol=0)
-    ends = density(DiffusionConfig(), torch.tensor([-0.1, 0.0, 1.0, 1.1]))
-    assert torch.equal(ends, torch.zeros(4, dtype=torch.float64))
-
-
-def test_extreme_uniforms_give_finite_times():
-    uniforms = torch.tensor([2.0**-24, 1 - 2.0**-24])
-    for config in (*DENSITIES, DiffusionConfig(logit_std=20.0)):
-        t = sample_t(config, uniforms)
-        assert torch.isfinite(t).all() and 0 <= t[0] < t[1] <= 1
-
-
-def test_shift_moves_towards_noise():
-    t = torch.linspace(0, 1, 11)
-    assert torch.equal(shift_time(t, 1.0), t)
-    shifted = shift_time(t, 3.0)
-    assert shifted[0] == 0 and shifted[-1] == 1 and (shifted[1:-1] > t[1:-1]).all()
-    torch.testing.assert_close(shift_time(shifted, 1 / 3), t)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"path": "straight"}, "path = 'straight' is not known: choose one of rectified_flow"),
-        ({"prediction": "epsilon"}, "prediction = 'epsilon'"),
+        ({"prediction": "noise"}, "prediction = 'noise'"),
         ({"time_density": "normal"}, "choose one of uniform, logit_normal"),
         ({"logit_std": 0.0}, "logit_std = 0.0 must be"),
         ({"shift": -1.0}, "shift = -1.0 must be"),
         ({"shift": float("nan")}, "shift = nan must be"),
         ({"logit_mean": float("inf")}, "logit_mean = inf must be"),
         ({"time_density": "uniform", "logit_mean": 0.5}, "no meaning with time_density = 'uniform'"),
+        ({"mode_scale": 0.5}, "mode_scale = 0.5 has no meaning with time_density = 'logit_normal'"),
+        ({"time_density": "mode", "mode_scale": 1.76}, "mode_scale = 1.76 must lie between -1 and 1.7519"),
+        ({"path": "ve", "beta_start": 0.1}, "beta_start = 0.1 and beta_end = 0.02: must be"),
+        ({"path": "ve", "beta_end": 0.1}, "beta_end = 0.1 has no meaning with path = 've'"),
+        ({"path": "ddpm", "beta_end": 1.0}, "beta_end = 1.0: must be above 0 and below 1.0"),
+        ({"path": "ddpm", "beta_schedule": "cosine"}, "choose one of linear, scaled_linear"),
+        ({"path": "ve", "sigma_min": 0.0}, "sigma_min = 0.0 and sigma_max = 80.0: must be"),
+        ({"path": "ve", "sigma_max": float("inf")}, "sigma_max = inf must be"),
+        ({"sigma_max": 50.0}, "sigma_max = 50.0 has no meaning with path = 'rectified_flow'"),
+        ({"weighting": "sigmoid"}, "choose one of none, min_snr, snr, cosine"),
+        ({"weighting": "snr", "min_snr_gamma": 3.0}, "no meaning with weighting = 'snr'"),
+        ({"weighting": "min_snr", "min_snr_gamma": 0.0}, "min_snr_gamma = 0.0 must be"),
+        ({"base_tokens": 0}, "base_tokens = 0 must be"),
+        ({"base_tokens": 64, "shift": 2.0}, "shift = 2.0 and base_tokens = 64 exclude each other"),
     ],
 )
 def test_impossible_choices(changes, message):

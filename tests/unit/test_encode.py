@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -308,6 +309,8 @@ def test_a_step_on_stored_samples_is_the_step_on_pictures(text_padding: str, pla
     dropped = 0.0
     masks: list[torch.Tensor | None] = []
 
+    step = partial(diffusion_step, diffusion=DiffusionConfig(), seed=5, global_batch_size=8, patch_size=2)
+
     def told(*arguments):
         masks.append(arguments[4])
         return dit(*arguments)
@@ -317,10 +320,7 @@ def test_a_step_on_stored_samples_is_the_step_on_pictures(text_padding: str, pla
         assert raw.keys == stored.keys and raw.captions == stored.captions
         assert torch.equal(raw.sample_numbers, stored.sample_numbers)
         for sample_latents in (True, False):
-            results = [
-                diffusion_step(told, batch, frozen, DiffusionConfig(), seed=5, sample_latents=sample_latents)
-                for batch in (raw, stored)
-            ]
+            results = [step(told, batch, frozen, sample_latents=sample_latents) for batch in (raw, stored)]
             (loss, scalars), (stored_loss, stored_scalars) = results
             assert stored_loss.item() == pytest.approx(loss.item(), rel=2e-3)
             assert stored_scalars["latent_std"].item() == pytest.approx(scalars["latent_std"].item(), rel=2e-3)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.config_io import load_recipe, to_dict
+from launch.config_io import dump_yaml, load_recipe, read_yaml, to_dict
 from launch.errors import ConfigError
+from launch.runtime import Ranks
 from training.config import AutoencoderRecipe, DiTRecipe
 from training.errors import TrainingError
-from training.loop import refuse_other_recipe
+from training.loop import open_run_directory, refuse_other_recipe
 
 SCHEMAS = {"digits-autoencoder": {"autoencoder": AutoencoderRecipe}, "digits-dit": {"dit": DiTRecipe}}
 
@@ -49,3 +50,21 @@ def test_another_recipe_is_refused_by_the_field_that_differs() -> None:
         refuse_other_recipe(resolved(), resolved("text_encoders.1.dropout=0.2"), run)
     with pytest.raises(TrainingError, match=r"kind = 'dit', the recipe now says 'autoencoder'"):
         refuse_other_recipe(resolved(), {"kind": "autoencoder"}, run)
+
+
+def test_a_run_from_before_a_field_goes_on_with_its_default(tmp_path: Path) -> None:
+    ranks = Ranks(rank=0, local_rank=0, world_size=1)
+    _, recipe = load_recipe("digits-dit", [], SCHEMAS["digits-dit"])
+    open_run_directory(tmp_path / "run", recipe, "dit", ranks)
+    path = tmp_path / "run" / "run.yaml"
+    document = read_yaml(path)
+    del document["recipe"]["ema"]["sigma_rels"], document["recipe"]["optim"]["groups"]
+    path.write_text(dump_yaml(document))
+    open_run_directory(tmp_path / "run", recipe, "dit", ranks)
+    _, other = load_recipe("digits-dit", ["ema.sigma_rels=[0.1]"], SCHEMAS["digits-dit"])
+    with pytest.raises(TrainingError, match=r"started with ema.sigma_rels = \[\], the recipe now says \[0.1\]"):
+        open_run_directory(tmp_path / "run", other, "dit", ranks)
+    document["recipe"]["optim"]["forgotten"] = 1  # of a field that is no more
+    path.write_text(dump_yaml(document))
+    with pytest.raises(TrainingError, match=r"optim.forgotten = 1|ema.sigma_rels = None"):
+        open_run_directory(tmp_path / "run", recipe, "dit", ranks)

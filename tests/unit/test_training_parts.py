@@ -1,8 +1,7 @@
-"""The small pure parts of training: losses, schedule, averages' decay, configuration, the metrics file."""
+"""The small pure parts of training: losses, configuration, the metrics file."""
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from tests.helpers import tiny
 from training.autoencoder_step import generator_step, last_layer_norm
 from training.checkpoint import CheckpointConfig
-from training.ema import EMAConfig, ema_decay
 from training.engine import EngineConfig, Fragment, scatter
 from training.errors import TrainingError
 from training.loop import refuse_other_recipe
@@ -25,8 +23,6 @@ from training.losses import (
     reconstruction_loss,
 )
 from training.metrics import Metrics, read_metrics
-from training.optim import OptimConfig, build_adamw
-from training.schedule import ScheduleConfig, learning_rate
 
 
 def test_kl_is_that_of_torch_distributions():
@@ -111,32 +107,6 @@ def test_last_layer_norm_is_the_convolution_weight_gradient():
         conv, inputs, upstream = nn.Conv2d(4, 3, 3, padding=1), torch.randn(2, 4, 5, 5), torch.randn(2, 3, 5, 5)
     (gradient,) = torch.autograd.grad((conv(inputs) * upstream).sum(), conv.weight)
     assert last_layer_norm(conv, inputs, upstream).item() == pytest.approx(gradient.norm().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("step, rate", [(0, 0.25), (3, 1.0), (4, 1.0), (54, 0.55), (104, 0.1)])
-def test_cosine_schedule(step, rate):
-    config = ScheduleConfig(kind="cosine", warmup_steps=4, final_fraction=0.1)
-    assert learning_rate(config, 1.0, step, 104) == pytest.approx(rate)
-
-
-def test_constant_schedule_stays_at_the_peak():
-    assert {learning_rate(ScheduleConfig(), 0.3, step, 100) for step in (0, 50, 99)} == {0.3}
-
-
-def test_ema_decay_warms_up_to_the_declared_one():
-    config = EMAConfig(decays=(0.99,))
-    assert ema_decay(config, 0.99, 0) == pytest.approx(0.1)
-    assert ema_decay(config, 0.99, 10**6) == 0.99
-    assert ema_decay(replace(config, warmup=False), 0.99, 0) == 0.99
-
-
-def test_adamw_decays_matrices_only():
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    groups = build_adamw(model, OptimConfig(learning_rate=1.0, weight_decay=0.5)).param_groups
-    assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [
-        (0.5, [2]),
-        (0.0, [1, 1, 1]),
-    ]
 
 
 def test_scatter_takes_the_own_slice():

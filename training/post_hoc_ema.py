@@ -1,0 +1,164 @@
+"""Averages that were not kept, found afterwards from those that were (Section C and Algorithm 3 of arXiv:2312.02696).
+
+Every commit of a run with `ema.sigma_rels` holds averages whose profiles over the steps τ in [0, t] are known:
+(γ + 1) τ^γ / t^(γ+1). The wanted profile is fitted by least squares with these, and the same weights applied to the
+stored averages give its average. In contrast to the paper the weights are held to a sum of one, so that what all steps
+have in common is kept exactly however rough the fit.
+"""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.manifest import Manifest, list_commits, read_manifest, step_folder
+from data.object_store import fetch_tree, join, open_store
+from models.artifact import sha256_of
+from training.ema import check_sigma_rel, gamma_of
+from training.errors import TrainingError
+
+PREFIX = "ema-power-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The power-function average with exponent `gamma` after `step` optimiser steps."""
+
+    gamma: float
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Weights of the stored averages, of sum one, and what is left of the wanted profile."""
+
+    weights: NDArray[np.float64]  # (number of stored averages,)
+    residual: float  # L2 norm of what the fit misses over that of the wanted profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    profile: Profile
+    group: str
+    manifest: Manifest
+
+
+def dot(a: Profile, b: Profile) -> float:
+    """∫ of the product of two profiles: (γa + 1)(γb + 1) / (γa + γb + 1) · (ta / tb)^γb / tb with ta ≤ tb."""
+    a, b = sorted((a, b), key=lambda profile: profile.step)
+    share = (a.gamma + 1) * (b.gamma + 1) / (a.gamma + b.gamma + 1)
+    return share * (a.step / b.step) ** b.gamma / b.step
+
+
+def fit(wanted: Profile, stored: list[Profile]) -> Fit:
+    """Least squares over weights of sum one; nearly equal profiles share what cannot be told apart."""
+    count, unit = len(stored), wanted.step  # times the step: every entry is of the order of one
+    system = np.zeros((count + 1, count + 1))
+    system[:count, :count] = [[unit * dot(a, b) for b in stored] for a in stored]
+    system[count, :count] = system[:count, count] = 1.0  # the sum, by a Lagrange multiplier
+    right = np.array([*(unit * dot(wanted, profile) for profile in stored), 1.0])
+    weights = np.linalg.lstsq(system, right, rcond=1e-12)[0][:count]
+    norm = unit * dot(wanted, wanted)
+    missed = norm - 2 * weights @ right[:count] + weights @ system[:count, :count] @ weights
+    return Fit(weights=weights, residual=float(np.sqrt(max(0.0, missed) / norm)))
+
+
+def write_post_hoc_ema(url: str, sigma_rel: float, out: Path, step: int | None = None) -> dict[str, Any]:
+    """Fits the average of width `sigma_rel` at a committed step and writes it as one safetensors file, float32.
+
+    Args:
+        url: checkpoints folder, local or s3://.
+        sigma_rel: the wanted relative width.
+        out: the file to make.
+        step: the committed step at which the average ends; None = the newest. Earlier commits are used too.
+
+    Returns:
+        step, sigma_rel, residual of the fit, and what was used with which weight; also in the file's metadata.
+
+    Raises:
+        TrainingError: an impossible width or step, too few stored averages, a damaged file, `out` exists.
+    """
+    try:
+        check_sigma_rel("--sigma-rel", sigma_rel)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+    if out.exists():
+        raise TrainingError(f"{out} is there already and nothing is overwritten; give another --out")
+    store = open_store(url)
+    steps = list_commits(store)
+    end = steps[-1] if step is None and steps else step
+    if end is None or end not in steps:
+        raise TrainingError(f"{url} has no commit of step {end}; there are: {', '.join(map(str, steps)) or 'none'}")
+    stored = _stored([read_manifest(store, number) for number in steps if number <= end])
+    wanted = Profile(gamma=gamma_of(sigma_rel), step=end)
+    if not stored or (len(stored) == 1 and stored[0].profile != wanted):
+        raise TrainingError(
+            f"{url} holds {len(stored)} power-function averages up to step {end}, at least two are needed; train with "
+            "two ema.sigma_rels, or keep more commits (checkpoint.keep_last)"
+        )
+    found = fit(wanted, [average.profile for average in stored])
+    used = [
+        {"step": average.profile.step, "group": average.group, "weight": float(weight)}
+        for average, weight in zip(stored, found.weights, strict=True)
+    ]
+    facts = {"step": end, "sigma_rel": sigma_rel, "residual": found.residual, "used": used}
+    tensors = _combine(url, stored, found.weights)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in facts.items()})
+    partial.rename(out)
+    return facts
+
+
+def _stored(manifests: list[Manifest]) -> list[_Stored]:
+    """The power-function averages of all commits; the step of a commit is that of its averages."""
+    return [
+        _Stored(profile=Profile(gamma=gamma_of(float(group.removeprefix(PREFIX))), step=manifest.step),
+                group=group, manifest=manifest)
+        for manifest in manifests
+        for group in sorted(manifest.meta.get("index", {}))
+        if group.startswith(PREFIX)
+    ]  # fmt: skip
+
+
+def _combine(url: str, stored: list[_Stored], weights: NDArray[np.float64]) -> dict[str, Tensor]:
+    """Weighted sums by parameter name, in float64 one tensor at a time: large weights of both signs may cancel."""
+    with ExitStack() as stack:
+        files = [_open(url, average, stack) for average in stored]
+        tensors = {}
+        for name in files[-1]:
+            try:
+                total = sum(
+                    weight * opened[name].get_tensor(name).double()
+                    for weight, opened in zip(weights.tolist(), files, strict=True)
+                )
+            except (KeyError, RuntimeError):
+                raise TrainingError(
+                    f"{url}: {name} is not in every commit with the same shape; the folder holds more than one run"
+                ) from None
+            assert isinstance(total, Tensor)
+            tensors[name] = total.float()
+    return tensors
+
+
+def _open(url: str, average: _Stored, stack: ExitStack) -> dict[str, Any]:
+    """The group's verified files by parameter name."""
+    index: dict[str, str] = average.manifest.meta["index"][average.group]
+    opened = {}
+    for key in sorted(set(index.values())):
+        place = join(url, step_folder(average.manifest.step), key)
+        path = fetch_tree(place)
+        try:
+            if sha256_of(path) != average.manifest.files[key].sha256:
+                raise TrainingError(f"{place}: SHA-256 is not what the manifest says; restore it or delete the commit")
+            opened[key] = stack.enter_context(safe_open(str(path), framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"{place} is not readable ({error}); restore it or delete the commit") from None
+    return {name: opened[key] for name, key in index.items()}
