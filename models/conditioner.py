@@ -1,5 +1,6 @@
 """All text encoders together: captions to what the DiT is told, in the layout of SD3 (arXiv:2403.03206, 4.1)."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from models.text_tower import TextEncoder
 _CHUNK = 16  # captions per forward pass; always the same shape, so that a caption's features never depend on its batch
 _CACHE_BYTES = 128 * 2**20  # per encoder
 _MIN_CACHE_ROWS = 512  # a cache of fewer captions than this would only cost
+# Masked text is cut behind the batch's longest, rounded up to this many tokens: few shapes, so that neither kernels nor
+# a compiled graph are chosen anew for every batch, and rows that start where the attention kernels of GPUs want them.
+_LENGTH_MULTIPLE = 8
 
 TextPadding = Literal["attended", "masked"]
 
@@ -45,7 +49,7 @@ class TextFeatures:
 
     Attributes:
         tokens: (B, L, D) float32; L at most the encoder's max_tokens.
-        mask: (B, L) bool, True = a token of the caption, not padding.
+        mask: (B, L) bool on the CPU, so that its lengths cost no host sync; True = a token of the caption, not padding.
         pooled: (B, P) float32; P = 0 for T5.
     """
 
@@ -58,7 +62,8 @@ class JointEncoders(nn.Module):
     """Several frozen text encoders and their joint layout; `models.text_encoder.Conditioner` builds and saves them.
 
     The CLIP features stand beside each other in the channels, padded with zeros to D; the T5 tokens follow behind
-    them; the pooled vectors of the CLIPs stand beside each other.
+    them; the pooled vectors of the CLIPs stand beside each other. With masked padding both parts end, each for itself,
+    soon behind the longest text of the batch: L is a batch's own, at most num_tokens.
 
     Attributes:
         encoders: In order, the CLIPs before the T5.
@@ -66,7 +71,7 @@ class JointEncoders(nn.Module):
         dropout: Their dropout probabilities, for training to draw from.
         text_dim: D.
         pooled_dim: P.
-        num_tokens: L.
+        num_tokens: The largest L, which every batch has if padding is attended to.
 
     Args:
         encoders: One or more of kind "clip", all with the same max_tokens, and at most one of kind "t5".
@@ -131,7 +136,7 @@ class JointEncoders(nn.Module):
     @torch.no_grad()
     def features(self, captions: list[str]) -> list[TextFeatures]:
         """What each encoder makes of captions, in order; nothing is looked up in the cache or kept there."""
-        return [self._split(number, self._encode_rows(number)(captions)) for number in range(len(self.names))]
+        return [self._split(number, *self._encode_rows(number)(captions)) for number in range(len(self.names))]
 
     @torch.no_grad()
     def join(self, features: Sequence[TextFeatures], drop: Tensor | None = None) -> TextCondition:
@@ -151,19 +156,32 @@ class JointEncoders(nn.Module):
         return self._lay_out(joined)
 
     def _lay_out(self, features: Sequence[TextFeatures]) -> TextCondition:
-        embeds = features[0].tokens.new_zeros(len(features[0].tokens), self.num_tokens, self.text_dim)
-        mask = features[0].mask.new_zeros(embeds.shape[:2]) if self.text_padding == "masked" else None
-        pooled, channel, first = [], 0, 0
+        clip_length, length = self._lengths(features)
+        embeds = features[0].tokens.new_zeros(len(features[0].tokens), length, self.text_dim)
+        mask = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+        pooled, channel, part = [], 0, slice(0, clip_length)
         for encoder, own in zip(self.text_encoders(), features, strict=True):
             if encoder.config.kind == "t5":
-                channel, first = 0, self.clip_tokens
-            places = slice(first, first + own.tokens.shape[1])
-            embeds[:, places, channel : channel + encoder.width] = own.tokens  # (B, L_encoder, D_encoder)
-            if mask is not None:
-                mask[:, places] |= own.mask
+                channel, part = 0, slice(clip_length, length)
+            tokens = own.tokens[:, : part.stop - part.start]  # (B, L_encoder, D_encoder)
+            places = slice(part.start, part.start + tokens.shape[1])
+            embeds[:, places, channel : channel + encoder.width] = tokens
+            mask[:, places] |= own.mask[:, : tokens.shape[1]]
             pooled.append(own.pooled)
             channel += encoder.width
-        return TextCondition(embeds, torch.cat(pooled, dim=1), mask)
+        text_mask = mask.to(embeds.device, non_blocking=True) if self.text_padding == "masked" else None
+        return TextCondition(embeds, torch.cat(pooled, dim=1), text_mask)
+
+    def _lengths(self, features: Sequence[TextFeatures]) -> tuple[int, int]:
+        """Tokens of the CLIP part and of the whole layout: all, or what the longest texts of this batch need."""
+        if self.text_padding == "attended":
+            return self.clip_tokens, self.num_tokens
+        longest = {"clip": 0, "t5": 0}
+        for encoder, own in zip(self.text_encoders(), features, strict=True):
+            longest[encoder.config.kind] = max(longest[encoder.config.kind], int(own.mask.sum(1).max()))
+        clip, t5 = (math.ceil(length / _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE for length in longest.values())
+        clip, t5 = min(clip, self.clip_tokens), min(t5, self.num_tokens - self.clip_tokens)
+        return clip, clip + t5
 
     def null(self) -> TextCondition:
         """The condition of one empty caption, B = 1."""
@@ -173,54 +191,56 @@ class JointEncoders(nn.Module):
         """The encoders in order."""
         return [encoder for encoder in self.encoders if isinstance(encoder, TextEncoder)]
 
-    # A caption's features travel and are cached as one row: its tokens, its pooled vector, how many tokens are its own.
+    # A caption's features travel and are cached as one row, its tokens and its pooled vector; beside the rows, on the
+    # CPU, how many tokens are its own.
 
     def _row_floats(self, encoder: TextEncoder) -> int:
-        return encoder.config.max_tokens * encoder.width + encoder.pooled_dim + 1
+        return encoder.config.max_tokens * encoder.width + encoder.pooled_dim
 
     def _cached(self, number: int, captions: list[str]) -> TextFeatures:
-        return self._split(number, self._caches[number].get(captions, self._encode_rows(number)))
+        return self._split(number, *self._caches[number].get(captions, self._encode_rows(number)))
 
     def _null(self, number: int) -> TextFeatures:
         """An encoder's features of "", without masked padding; made once, however large they are."""
         if number not in self._nulls:
-            null = self._split(number, self._encode_rows(number)([""]))
+            null = self._split(number, *self._encode_rows(number)([""]))
             length = int(null.mask.sum()) if self.text_padding == "masked" else null.tokens.shape[1]
             self._nulls[number] = TextFeatures(null.tokens[:, :length], null.mask[:, :length], null.pooled)
         return self._nulls[number]
 
-    def _split(self, number: int, rows: Tensor) -> TextFeatures:
-        """Rows (B, L·D + P + 1) of an encoder taken apart."""
+    def _split(self, number: int, rows: Tensor, lengths: Tensor) -> TextFeatures:
+        """Rows (B, L·D + P) of an encoder taken apart."""
         encoder = self.text_encoders()[number]
         length, end = encoder.config.max_tokens, encoder.config.max_tokens * encoder.width
-        places = torch.arange(length, device=rows.device)
-        return TextFeatures(rows[:, :end].view(-1, length, encoder.width), places < rows[:, -1:], rows[:, end:-1])
+        mask = torch.arange(length) < lengths[:, None]
+        return TextFeatures(rows[:, :end].view(-1, length, encoder.width), mask, rows[:, end:])
 
-    def _encode_rows(self, number: int) -> Callable[[list[str]], Tensor]:
-        """A function from captions to an encoder's rows."""
+    def _encode_rows(self, number: int) -> "_Encode":
+        """A function from captions to an encoder's rows and lengths."""
         encoder, masked = self.text_encoders()[number], self.text_padding == "masked"
         device_type = next(encoder.parameters()).device.type
 
-        def encode(captions: list[str]) -> Tensor:
-            parts = []
+        def encode(captions: list[str]) -> tuple[Tensor, Tensor]:
+            rows, lengths = [], []
             for start in range(0, len(captions), _CHUNK):
                 chunk = captions[start : start + _CHUNK]
                 with torch.autocast(device_type, enabled=False):  # rows are cached: they must not depend on the caller
                     tokens, mask, pooled = encoder.encode(chunk + [""] * (_CHUNK - len(chunk)), masked)
-                row = [tokens.flatten(1), *([] if pooled is None else [pooled]), mask.sum(1, keepdim=True).float()]
-                parts.append(torch.cat(row, dim=1)[: len(chunk)])
-            return torch.cat(parts)
+                row = [tokens.flatten(1), *([] if pooled is None else [pooled])]
+                rows.append(torch.cat(row, dim=1)[: len(chunk)])
+                lengths.append(mask.sum(1)[: len(chunk)])
+            return torch.cat(rows), torch.cat(lengths)
 
         return encode
 
 
 def _replace(stored: TextFeatures, gone: Tensor, null: TextFeatures) -> TextFeatures:
     """Features of B captions with those that are gone, (B,) bool, replaced by the only one of `null`."""
-    device, length = stored.tokens.device, max(stored.tokens.shape[1], null.tokens.shape[1])
-    gone = gone.to(device)
+    length = max(stored.tokens.shape[1], null.tokens.shape[1])
 
     def choose(new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(gone.view(-1, *(1,) * (old.ndim - 1)), new.to(device), old)
+        where = gone.to(old.device).view(-1, *(1,) * (old.ndim - 1))
+        return torch.where(where, new.to(old.device), old)
 
     def longer(features: TextFeatures) -> tuple[Tensor, Tensor]:
         behind = length - features.mask.shape[1]
@@ -228,6 +248,9 @@ def _replace(stored: TextFeatures, gone: Tensor, null: TextFeatures) -> TextFeat
 
     (null_tokens, null_mask), (tokens, mask) = longer(null), longer(stored)
     return TextFeatures(choose(null_tokens, tokens), choose(null_mask, mask), choose(null.pooled, stored.pooled))
+
+
+_Encode = Callable[[list[str]], tuple[Tensor, Tensor]]  # captions to rows (B, row), and how many tokens are theirs (B,)
 
 
 class _RowCache:
@@ -242,13 +265,16 @@ class _RowCache:
         """Forgets everything."""
         self._places: OrderedDict[str, int] = OrderedDict()  # caption to row of the table, oldest first
         self._table = torch.empty(0, 0)
+        self._lengths = torch.empty(0, dtype=torch.int64)  # beside the rows, on the CPU
 
-    def get(self, captions: list[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
-        """(B, row) of the captions; `encode` is asked for those that are not here, each once."""
+    def get(self, captions: list[str], encode: _Encode) -> tuple[Tensor, Tensor]:
+        """Rows (B, row) and lengths (B,) of the captions; `encode` is asked for those that are not here, each once."""
         unique = list(dict.fromkeys(captions))
         if len(unique) > self.capacity:
             order = {caption: place for place, caption in enumerate(unique)}
-            return encode(unique)[[order[caption] for caption in captions]]
+            rows, lengths = encode(unique)
+            picked = [order[caption] for caption in captions]
+            return rows[picked], lengths[picked]
         missing = []
         for caption in unique:
             if caption in self._places:
@@ -256,10 +282,11 @@ class _RowCache:
             else:
                 missing.append(caption)
         if missing:
-            self._store(missing, encode(missing))
-        return self._table[[self._places[caption] for caption in captions]]
+            self._store(missing, *encode(missing))
+        picked = [self._places[caption] for caption in captions]
+        return self._table[picked], self._lengths[picked]
 
-    def _store(self, captions: list[str], rows: Tensor) -> None:
+    def _store(self, captions: list[str], rows: Tensor, lengths: Tensor) -> None:
         new_places = []
         for caption in captions:
             full = len(self._places) >= self.capacity
@@ -267,8 +294,15 @@ class _RowCache:
             self._places[caption] = place
             new_places.append(place)
         if max(new_places) >= len(self._table):  # grow by doubling: most runs never need the whole capacity
-            grown = rows.new_empty(min(self.capacity, max(2 * len(self._table), 2 * len(self._places))), rows.shape[1])
-            if len(self._table):
-                grown[: len(self._table)] = self._table
-            self._table = grown
-        self._table[new_places] = rows
+            size = min(self.capacity, max(2 * len(self._table), 2 * len(self._places)))
+            self._table = _grown(self._table, rows, size)
+            self._lengths = _grown(self._lengths, lengths, size)
+        self._table[new_places], self._lengths[new_places] = rows, lengths
+
+
+def _grown(table: Tensor, like: Tensor, size: int) -> Tensor:
+    """A longer table with the old one at its beginning."""
+    grown = like.new_empty(size, *like.shape[1:])
+    if len(table):
+        grown[: len(table)] = table
+    return grown

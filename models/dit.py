@@ -2,10 +2,12 @@
 
 Image patches and text tokens run through two streams of weights and meet in one attention per block. The time and the
 pooled text enter every norm as scale, shift and gate (adaLN-zero). Under a change of names (`models.diffusers_map`) the
-network equals diffusers' SD3Transformer2DModel with RMS-normalised queries and keys.
+network equals diffusers' SD3Transformer2DModel with RMS-normalised queries and keys. With `attention: cross` the text
+has no stream: the image attends to itself, then to the text as it came in (PixArt-alpha, arXiv:2310.00426, sec. 2.3).
 """
 
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from models.errors import ModelError
 from models.layers import HeadNorm, Mlp, attend, modulated_norm
 
 MLP_RATIO = 4  # hidden width of a block's MLP over the model's width
+
+Attention = Literal["joint", "cross"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +37,15 @@ class DiTConfig:
     base_grid: int | None = (
         None  # patches per side in training: positions lie base_grid / max_grid apart; None: 1 apart
     )
+    attention: Attention = "joint"  # "joint" = image and text in one, as in SD3; "cross" = to itself, then to the text
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{field.name} = {value} must be at least 1")
+        if self.attention not in get_args(Attention):
+            raise ValueError(f"attention = {self.attention!r} must be {' or '.join(get_args(Attention))}")
         if self.width % self.num_heads:
             raise ValueError(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}")
         if self.width % 4:
@@ -95,9 +102,12 @@ class Stream(nn.Module):
         Returns:
             (B, N, D).
         """
-        gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x = torch.addcmul(x, gate, self.out(attended))
-        return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale)))
+        gate, *mlp_modulation = modulation
+        return self.add_mlp(torch.addcmul(x, gate, self.out(attended)), *mlp_modulation)
+
+    def add_mlp(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """The gated residual of the MLP on x (B, N, D); shift, scale and gate are (B, 1, D)."""
+        return torch.addcmul(x, gate, self.mlp(modulated_norm(x, shift, scale)))
 
 
 class JointBlock(nn.Module):
@@ -146,8 +156,68 @@ class JointBlock(nn.Module):
         return image, self.text.finish(text, text_attended, chunks[8:12])
 
 
+class CrossAttention(nn.Module):
+    """The image asks, the text answers; queries and keys are RMS-normalised per head, as in the other attentions.
+
+    Args:
+        config: The model's sizes.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.head_shape = (config.num_heads, config.head_dim)
+        self.q = nn.Linear(config.width, config.width)
+        self.kv = nn.Linear(config.width, 2 * config.width)
+        self.q_norm, self.k_norm = HeadNorm(1, config.head_dim), HeadNorm(1, config.head_dim)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        """What the image (B, N, D) finds in the text (B, L, D) where the mask (B, 1, 1, L) allows: (B, N, D)."""
+        q = self.q_norm(self.q(image).unflatten(2, (1, *self.head_shape))).squeeze(2)  # (B, N, heads, d)
+        k, v = self.kv(text).unflatten(2, (2, *self.head_shape)).split(1, dim=2)  # each (B, L, 1, heads, d)
+        return self.out(attend(q, self.k_norm(k).squeeze(2), v.squeeze(2), mask))
+
+
+class CrossBlock(nn.Module):
+    """A block of the image alone: attention to itself, then to the text, then the MLP.
+
+    The condition modulates the first and the last, as in a joint block; the attention to the text stands between them
+    without norm and gate (PixArt-alpha, arXiv:2310.00426, sec. 2.3).
+
+    Args:
+        config: The model's sizes.
+    """
+
+    NUM_CHUNKS = 6  # shift, scale, gate of the attention and of the MLP
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.modulation = nn.Linear(config.width, self.NUM_CHUNKS * config.width)
+        self.image = Stream(config)
+        self.cross = CrossAttention(config)
+
+    def forward(self, image: Tensor, text: Tensor, condition: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the image through the block.
+
+        Args:
+            image: (B, N, D).
+            text: (B, L, D).
+            condition: (B, D), after its activation.
+            mask: (B, 1, 1, L) bool or None.
+
+        Returns:
+            The new image, and the text as it came in.
+        """
+        chunks = self.modulation(condition).unflatten(1, (self.NUM_CHUNKS, 1, -1)).unbind(1)  # each (B, 1, D)
+        qk, v = self.image.project(image, chunks[0], chunks[1])
+        q, k = qk.unbind(2)  # each (B, N, heads, d)
+        image = torch.addcmul(image, chunks[2], self.image.out(attend(q, k, v, None)))
+        image = image + self.cross(image, text, mask)
+        return self.image.add_mlp(image, *chunks[3:]), text
+
+
 class DiT(nn.Module):
-    """MM-DiT: predicts the velocity noise - latents from x_t, the time and the text.
+    """MM-DiT, or a DiT with cross-attention: predicts the velocity noise - latents from x_t, the time and the text.
 
     The weights that a fresh instance holds mean nothing: call `init_weights` or load a state.
 
@@ -164,7 +234,10 @@ class DiT(nn.Module):
         self.text_in = nn.Linear(config.text_dim, D)
         self.time_mlp = Mlp(TIME_FEATURES, D, D, "silu")
         self.pooled_mlp = Mlp(config.pooled_dim, D, D, "silu")
-        self.blocks = nn.ModuleList(JointBlock(config, last=i == config.depth - 1) for i in range(config.depth))
+        self.blocks = nn.ModuleList(
+            CrossBlock(config) if config.attention == "cross" else JointBlock(config, last=i == config.depth - 1)
+            for i in range(config.depth)
+        )
         self.final_modulation = nn.Linear(D, 2 * D)  # shift, scale
         self.patch_out = nn.Linear(D, patch_dim)
 
@@ -172,12 +245,16 @@ class DiT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Set every parameter as a function of the seed alone, whatever the device and the global generator.
 
-        Xavier-uniform linear layers (queries, keys and values each for itself), zero biases; the modulations and the
-        last layer are zero, so that every block starts as the identity and the prediction as 0 (adaLN-zero).
+        Xavier-uniform linear layers (queries, keys and values each for itself), zero biases; the modulations, the way
+        out of each cross-attention and the last layer are zero, so that every block starts as the identity and the
+        prediction as 0 (adaLN-zero).
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         zero = {id(self.final_modulation), id(self.patch_out)} | {id(block.modulation) for block in self.blocks}
+        crosses = [module for module in self.modules() if isinstance(module, CrossAttention)]
+        zero |= {id(cross.out) for cross in crosses}
         fused = {id(stream.qkv): stream.kinds for stream in self.modules() if isinstance(stream, Stream)}
+        fused |= {id(cross.kv): 2 for cross in crosses}
         for module in self.modules():
             if isinstance(module, HeadNorm):
                 module.weight.fill_(1.0)
@@ -224,7 +301,8 @@ class DiT(nn.Module):
         condition = F.silu(condition)
         mask = None
         if text_mask is not None:
-            mask = F.pad(text_mask, (rows * cols, 0), value=True)[:, None, None]  # (B, 1, 1, N + L)
+            beside = rows * cols if self.config.attention == "joint" else 0  # image tokens in the same attention
+            mask = F.pad(text_mask, (beside, 0), value=True)[:, None, None]  # (B, 1, 1, N + L), or (B, 1, 1, L)
         for block in self.blocks:
             image, text = block(image, text, condition, mask)
         shift, scale = self.final_modulation(condition).unflatten(1, (2, 1, -1)).unbind(1)
@@ -247,6 +325,9 @@ def dit_flops(config: DiTConfig, image_tokens: int, text_tokens: int) -> int:
     macs = 2 * N * patch_dim * D + L * config.text_dim * D  # patches in and out, text in
     macs += (TIME_FEATURES + config.pooled_dim + 2 * D) * D + 2 * D * D  # time and pooled MLPs, final modulation
     stream = (4 + 2 * MLP_RATIO) * D * D  # q, k, v, out and the MLP, per token
+    if config.attention == "cross":
+        to_text = 2 * (N + L) * D * D + 2 * N * L * D  # q, out of the image; k, v of the text; both products
+        return 2 * (macs + config.depth * (CrossBlock.NUM_CHUNKS * D * D + N * stream + 2 * N * N * D + to_text))
     for last in (False,) * (config.depth - 1) + (True,):
         macs += (8 if last else 12) * D * D  # modulation
         macs += N * stream + L * (2 * D * D if last else stream)

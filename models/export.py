@@ -46,8 +46,9 @@ def export_diffusers(pipeline: TextToImage, out: str | Path, num_steps: int = 28
         The largest difference of a pixel in [0, 1] over all pictures of the proof.
 
     Raises:
-        ModelError: The folder exists, diffusers is not installed, the diffusion is not the pipeline's, the text
-            encoders do not fit its layout or mask their padding, or the pictures differ by more than 1e-3.
+        ModelError: The folder exists, diffusers is not installed, the diffusion or the attention is not the
+            pipeline's, the text encoders do not fit its layout or mask their padding, or the pictures differ by more
+            than 1e-3.
     """
     _check_layout(pipeline)
     with _quiet(_diffusers()) as diffusers:
@@ -169,6 +170,11 @@ def _check_layout(pipeline: TextToImage) -> None:
         raise ModelError(
             f"the DiT was trained with path: {path} and prediction: {prediction}, but StableDiffusion3Pipeline knows"
             " rectified_flow with velocity alone; draw with `darkroom sample`, or train with those to export"
+        )
+    if pipeline.dit.config.attention != "joint":
+        raise ModelError(
+            f"the DiT has attention: {pipeline.dit.config.attention}, but StableDiffusion3Pipeline knows joint alone;"
+            " draw with `darkroom sample`, or train with attention: joint to export"
         )
     if pipeline.conditioner.text_padding == "masked":
         raise ModelError(

@@ -141,8 +141,11 @@ class TextToImage(nn.Module):
         Raises:
             ModelError: The folder exists.
         """
+        dit = config_to_dict(self.dit.config)
+        if self.dit.config.attention == "joint":
+            del dit["attention"]  # fingerprints stay as they were before there was a choice
         config = {
-            "dit": config_to_dict(self.dit.config),
+            "dit": dit,
             "diffusion": config_to_dict(self.diffusion),
             "image_size": self.image_size,
         }

@@ -138,7 +138,7 @@ def guided(
     Args:
         dit: The network: (x_t, t, text_embeds, pooled, text_mask) -> prediction.
         condition: Of the B pictures.
-        null: The empty condition, of B pictures or of one that stands for all; as many tokens as the condition.
+        null: The empty condition, of B pictures or of one that stands for all; it may have another number of tokens.
         guidance_scale: w; 1 is no guidance.
 
     Returns:
@@ -150,11 +150,13 @@ def guided(
     def both(empty: Tensor, told: Tensor) -> Tensor:
         return torch.cat((empty.expand(told.shape[0], *empty.shape[1:]), told))
 
-    embeds = both(null.text_embeds, condition.text_embeds)  # (2B, L, D)
+    lengths = {null.text_embeds.shape[1], condition.text_embeds.shape[1]}  # masked text is cut per batch
+    length = max(lengths)
+    embeds = both(_padded(null.text_embeds, length), _padded(condition.text_embeds, length))  # (2B, L, D)
     pooled = both(null.pooled, condition.pooled)  # (2B, P)
     mask = None
-    if condition.text_mask is not None or null.text_mask is not None:
-        mask = both(_mask_of(null), _mask_of(condition))  # (2B, L)
+    if len(lengths) > 1 or condition.text_mask is not None or null.text_mask is not None:
+        mask = both(_padded(_mask_of(null), length), _padded(_mask_of(condition), length))  # (2B, L)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         v_null, v = dit(torch.cat((x, x)), torch.cat((t, t)), embeds, pooled, mask).chunk(2)
@@ -168,3 +170,9 @@ def _mask_of(condition: Condition) -> Tensor:
     if condition.text_mask is not None:
         return condition.text_mask
     return torch.ones(condition.text_embeds.shape[:2], dtype=torch.bool, device=condition.text_embeds.device)
+
+
+def _padded(text: Tensor, length: int) -> Tensor:
+    """(B, L, ...) with zeros behind up to `length` tokens; for a mask they are hidden ones."""
+    behind = text.new_zeros(text.shape[0], length - text.shape[1], *text.shape[2:])
+    return torch.cat((text, behind), dim=1) if behind.shape[1] else text

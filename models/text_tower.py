@@ -65,33 +65,41 @@ class TextEncoder(nn.Module):
         projection at the end token. T5 gives its output; as in SD3, no token is hidden from its attention unless
         `masked`. Then padding is, and its features are zero. (A CLIP's attention is causal: padding comes too late.)
         """
-        pooled = None
+        mask, pooled = self._mask(ids), None
         if self.config.kind == "clip":
-            features, mask, pooled = self._forward_clip(ids)
+            features, pooled = self._forward_clip(ids)
         else:
-            mask = ids != self.tokenizer.pad_token_id
             hidden = self.tower(input_ids=ids, attention_mask=mask) if masked else self.tower(input_ids=ids)
             features = hidden.last_hidden_state.float()
         if masked:
             features = features.masked_fill(~mask[:, :, None], 0.0)
         return features, mask, pooled
 
-    def _forward_clip(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward_clip(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         tower: Any = self.tower
         x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]  # (B, L, D)
         hidden_future = tower.attn_mask[: ids.shape[1], : ids.shape[1]]
         *first, last = tower.transformer.resblocks
         for block in first:
             x = block(x, attn_mask=hidden_future)
-        end = ids.argmax(dim=1)  # the end token has the highest id; the first one where it repeats
-        at_end = last(x, attn_mask=hidden_future)[torch.arange(len(ids), device=ids.device), end]  # (B, D)
+        at_end = last(x, attn_mask=hidden_future)[torch.arange(len(ids), device=ids.device), _end(ids)]  # (B, D)
         pooled = tower.ln_final(at_end) @ tower.text_projection  # (B, P)
-        keep = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
-        return x.float(), keep, pooled.float()
+        return x.float(), pooled.float()
 
     def encode(self, captions: list[str], masked: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """captions to per-token features (B, L, D) float32, mask (B, L) True = keep, pooled (B, P) or None."""
-        return self(self.tokenize(captions).to(next(self.tower.parameters()).device), masked)
+        """captions to per-token features (B, L, D) float32, mask (B, L) True = keep, pooled (B, P) or None.
+
+        The mask lies on the CPU, where the captions are: its lengths cost no host sync.
+        """
+        ids = self.tokenize(captions)
+        features, _, pooled = self(ids.to(next(self.tower.parameters()).device), masked)
+        return features, self._mask(ids), pooled
+
+    def _mask(self, ids: Tensor) -> Tensor:
+        """(B, L) bool on the ids' device, True = a token of the caption."""
+        if self.config.kind == "t5":
+            return ids != self.tokenizer.pad_token_id
+        return torch.arange(ids.shape[1], device=ids.device) <= _end(ids)[:, None]
 
     def artifact_config(self) -> dict[str, Any]:
         """What identifies the encoder: how it is trained with (dropout) and where it came from are not part of it."""
@@ -111,3 +119,8 @@ class TextEncoder(nn.Module):
     def save(self, folder: str | Path) -> str:
         """Writes an artifact of kind "text_encoder"; returns its fingerprint."""
         return save_artifact(folder, KIND, self.artifact_config(), self.artifact_tensors(), files=self.files)
+
+
+def _end(ids: Tensor) -> Tensor:
+    """Where CLIP's end token stands, (B,): it has the highest id; the first one where it repeats."""
+    return ids.argmax(dim=1)

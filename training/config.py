@@ -12,6 +12,7 @@ from models.autoencoder import AutoencoderConfig
 from models.conditioner import TextPadding
 from models.diffusion import DiffusionConfig
 from models.discriminator import DiscriminatorConfig
+from models.dit import Attention
 from models.text_config import TextEncoderConfig
 from training.checkpoint import CheckpointConfig
 from training.ema import EMAConfig
@@ -45,11 +46,14 @@ class SamplesConfig:
 class DiTArchitecture:
     """Size of the transformer; widths of latents and text follow from the autoencoder and the text encoders."""
 
-    depth: int  # joint blocks
+    depth: int  # blocks
     width: int  # channels
     num_heads: int  # attention heads; width / num_heads is the head's width
     patch_size: int = 2  # latent pixels per side of a token
     max_grid: int = 64  # tokens per side up to which positions exist
+    attention: Attention = (
+        "joint"  # "joint" = picture and text in one, as in SD3; "cross" = to itself, then to the text
+    )
 
     def __post_init__(self) -> None:
         _check_least(self, depth=1, width=1, num_heads=1, patch_size=1, max_grid=1)

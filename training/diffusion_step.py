@@ -47,7 +47,7 @@ def stored_text(conditioner: Conditioner, encoded: EncodedBatch, drop: Tensor, d
     features = []
     for encoder in conditioner.text_encoders():
         name = encoder.config.name
-        tokens, mask = encoded.features(name, device), encoded.masks[name].to(device, non_blocking=True)
+        tokens, mask = encoded.features(name, device), encoded.masks[name]
         pooled = encoded.pooled.get(name, torch.zeros(len(tokens), 0)).to(device, torch.float32, non_blocking=True)
         features.append(TextFeatures(tokens, mask, pooled))
     return conditioner.join(features, drop)

@@ -47,13 +47,15 @@ def _dit(recipe: DiTRecipe) -> list[str]:
     parameter_groups(dit, recipe.optim)
     side = recipe.data.image_size // frozen.autoencoder.config.downsampling
     tokens, text_tokens = (side // config.patch_size) ** 2, frozen.conditioner.num_tokens
+    most = "at most " if recipe.text_padding == "masked" else ""  # it is cut behind the longest of a batch
     gflop = 3 * dit_flops(config, tokens, text_tokens) / 1e9
     return [
         f"transformer     {_count(dit)} parameters",
         f"autoencoder     {_count(frozen.autoencoder)} parameters, frozen",
         f"text encoders   {_count(frozen.conditioner)} parameters, frozen",
-        f"tokens          {tokens} picture ({side} x {side} latents, patch {config.patch_size}) + {text_tokens} text",
-        f"compute         {gflop:.3f} GFLOP per picture, forward and backward",
+        f"tokens          {tokens} picture ({side} x {side} latents, patch {config.patch_size})"
+        f" + {most}{text_tokens} text",
+        f"compute         {most}{gflop:.3f} GFLOP per picture, forward and backward",
     ]
 
 

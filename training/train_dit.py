@@ -128,6 +128,7 @@ def dit_config_of(recipe: DiTRecipe, frozen: Frozen) -> DiTConfig:
             pooled_dim=frozen.conditioner.pooled_dim,
             max_grid=recipe.model.max_grid,
             base_grid=grid,
+            attention=recipe.model.attention,
         )
     except ValueError as error:
         raise TrainingError(f"the recipe's model does not fit its data and frozen networks: {error}") from None

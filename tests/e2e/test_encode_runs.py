@@ -72,6 +72,6 @@ def test_a_run_on_encoded_data_repeats_the_curve_of_the_run_on_pictures(world, r
 def test_pictures_and_encoded_samples_train_together(world, recipes, encoded):
     run = world.folder / "mixed"
     mix = f"data.mix=[{{shards: {world.data / 'train'}}}, {{shards: {encoded}}}]"
-    result = darkroom("train", "dit", recipes[1], "--run", run, "data.shards=null", mix)
+    result = darkroom("train", "dit", recipes[1], "--run", run, "data.shards=null", mix, "model.attention=cross")
     assert result.code == 0, result.err
     assert len(read_metrics(run / "metrics.jsonl")) == 8

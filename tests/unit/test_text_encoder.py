@@ -165,14 +165,17 @@ def test_cache_is_bounded(monkeypatch) -> None:
     cache = conditioner_module._RowCache(3)
     asked: list[str] = []
 
-    def encode(captions: list[str]) -> torch.Tensor:
+    def encode(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         asked.extend(captions)
-        return torch.tensor([[float(caption)] * 3 for caption in captions])
+        return torch.tensor([[float(caption)] * 3 for caption in captions]), torch.tensor(
+            [int(c) + 1 for c in captions]
+        )
 
     def get(*numbers: int) -> list[str]:
         asked.clear()
-        rows = cache.get([str(number) for number in numbers], encode)
+        rows, lengths = cache.get([str(number) for number in numbers], encode)
         assert rows[:, 0].tolist() == list(numbers)
+        assert lengths.tolist() == [number + 1 for number in numbers]
         return list(asked)
 
     assert get(1, 2, 1) == ["1", "2"]

@@ -1,5 +1,6 @@
 """Masked padding: seen by nobody, from the towers to the pictures; attended padding stays what it was."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from models.dit import DiT, DiTConfig
 from models.errors import ModelError
 from models.export import export_diffusers
 from models.pipeline import TextToImage
+from models.sampler import guided
 from models.text_encoder import Conditioner, TextEncoderConfig
 from models.text_tower import TextEncoder
 
@@ -24,6 +26,7 @@ ENCODERS = (
     TextEncoderConfig(name="t5", kind="t5", max_tokens=LONG, seed=3, width=32, layers=2, heads=2, vocab_size=6000),
 )
 CAPTIONS = ["a red seven", "", "a blue two above a dog"]  # 5, 2, 8 tokens of CLIP; 4, 1, 7 of T5
+CUT = 8  # tokens to which both parts are cut for these captions: the longest of a batch, rounded up
 EVERYTHING_DIFFERS = 1e-3
 
 
@@ -59,7 +62,7 @@ def make_dit(conditioner: JointEncoders) -> DiT:
 def test_the_mask_says_which_tokens_are_the_captions(masked: Conditioner) -> None:
     condition = masked.encode(CAPTIONS)
     assert condition.text_mask is not None
-    clip, t5 = condition.text_mask[:, :LONG], condition.text_mask[:, LONG:]
+    clip, t5 = condition.text_mask[:, :CUT], condition.text_mask[:, CUT:]
     assert clip.sum(1).tolist() == [5, 2, 8] and t5.sum(1).tolist() == [4, 1, 7]
     assert bool(clip[:, 0].all()) and bool(t5[:, 0].all())  # from the left
     assert not condition.text_embeds[~condition.text_mask].any()
@@ -71,16 +74,15 @@ def test_only_masked_features_are_the_same_whatever_max_tokens(masked: Condition
     x_t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     t = torch.tensor([0.2, 0.5, 0.9])
     for conditioner in (masked, attended):
-        dit, short = make_dit(conditioner), cut(conditioner, 8)
+        dit, short = make_dit(conditioner), cut(conditioner, CUT)
+        first_t5 = CUT if conditioner is masked else LONG
         whole, part = conditioner.encode(CAPTIONS), short.encode(CAPTIONS)
         torch.testing.assert_close(part.pooled, whole.pooled, rtol=1e-5, atol=1e-6)
-        t5_difference = (part.text_embeds[:, 8] - whole.text_embeds[:, LONG]).abs().max()  # its first token
+        t5_difference = (part.text_embeds[:, CUT] - whole.text_embeds[:, first_t5]).abs().max()  # its first token
         velocities = [dit(x_t, t, c.text_embeds, c.pooled, c.text_mask) for c in (whole, part)]
         difference = (velocities[0] - velocities[1]).abs().max()
         if conditioner is masked:
-            torch.testing.assert_close(part.text_embeds[:, :8], whole.text_embeds[:, :8], rtol=1e-5, atol=1e-6)
-            tokens = whole.text_embeds[:, LONG : LONG + 8]
-            torch.testing.assert_close(part.text_embeds[:, 8:], tokens, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(part.text_embeds, whole.text_embeds, rtol=1e-5, atol=1e-6)
             assert difference < 1e-5
         else:
             assert part.text_mask is None
@@ -97,11 +99,83 @@ def test_a_dropped_encoder_keeps_the_other_ones_tokens(masked: Conditioner) -> N
     null, plain = masked.encode([""]), masked.encode(CAPTIONS[2:])
     condition = masked.encode(CAPTIONS[2:] * 3, torch.eye(3, dtype=torch.bool))
     assert condition.text_mask is not None
-    assert condition.text_mask[:, :LONG].sum(1).tolist() == [8, 8, 8]  # one CLIP is left
-    assert condition.text_mask[:, LONG:].sum(1).tolist() == [7, 7, 1]
-    assert torch.equal(condition.text_embeds[0, :LONG, :16], null.text_embeds[0, :LONG, :16])
-    assert torch.equal(condition.text_embeds[0, :LONG, 16:24], plain.text_embeds[0, :LONG, 16:24])
-    assert torch.equal(condition.text_embeds[2, LONG:], null.text_embeds[0, LONG:])
+    assert condition.text_mask[:, :CUT].sum(1).tolist() == [8, 8, 8]  # one CLIP is left
+    assert condition.text_mask[:, CUT:].sum(1).tolist() == [7, 7, 1]
+    assert torch.equal(condition.text_embeds[0, :CUT, :16], null.text_embeds[0, :CUT, :16])
+    assert torch.equal(condition.text_embeds[0, :CUT, 16:24], plain.text_embeds[0, :CUT, 16:24])
+    assert torch.equal(condition.text_embeds[2, CUT:], null.text_embeds[0, CUT:])
+
+
+def padded(conditioner: Conditioner, features: Sequence[TextFeatures]) -> TextCondition:
+    """The whole layout, nothing cut."""
+    embeds = torch.zeros(len(features[0].tokens), 2 * LONG, conditioner.text_dim)
+    mask = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+    for own, first, channel in zip(features, (0, 0, LONG), (0, 16, 0), strict=True):
+        length = own.tokens.shape[1]
+        embeds[:, first : first + length, channel : channel + own.tokens.shape[2]] = own.tokens
+        mask[:, first : first + length] |= own.mask
+    return TextCondition(embeds, torch.cat([own.pooled for own in features], dim=1), mask)
+
+
+@pytest.mark.parametrize(
+    ("captions", "lengths"),
+    [
+        ([""], (8, 8)),
+        (CAPTIONS, (8, 8)),
+        (["a", "a red two above a blue dog"], (14, 8)),  # 9 and 8 tokens: up to a multiple, but not beyond the tower's
+        (["one two three four five six seven eight nine", ""], (14, 14)),
+    ],
+)
+def test_text_is_cut_behind_the_longest_and_nobody_notices(
+    captions: list[str], lengths: tuple[int, int], masked: Conditioner
+) -> None:
+    features = masked.features(captions)
+    whole = padded(masked, features)
+    assert whole.text_mask is not None
+    dit, batch = make_dit(masked), len(captions)
+    generator = torch.Generator().manual_seed(7)
+    x_t, t = torch.randn(batch, 4, 8, 8, generator=generator), torch.rand(batch, generator=generator)
+    results = []
+    for condition in (whole, masked.encode(captions), masked.join(features)):
+        if condition is not whole:
+            assert condition.text_mask is not None
+            assert condition.text_mask.shape == (batch, sum(lengths))
+            clip, t5 = condition.text_mask.split(lengths, dim=1)
+            kept = torch.cat((whole.text_mask[:, : lengths[0]], whole.text_mask[:, LONG : LONG + lengths[1]]), dim=1)
+            assert torch.equal(torch.cat((clip, t5), dim=1), kept)
+            assert kept.sum() == whole.text_mask.sum()  # nothing of a caption was cut
+        dit.zero_grad()
+        velocity = dit(x_t, t, condition.text_embeds, condition.pooled, condition.text_mask)
+        velocity.square().mean().backward()
+        results.append((velocity.detach(), {n: p.grad for n, p in dit.named_parameters() if p.grad is not None}))
+    for velocity, gradients in results[1:]:
+        torch.testing.assert_close(velocity, results[0][0], rtol=1e-5, atol=1e-5)
+        for name, expected in results[0][1].items():
+            scale = expected.abs().max()
+            torch.testing.assert_close(gradients[name] / scale, expected / scale, rtol=0, atol=1e-5, msg=name)
+
+
+@torch.no_grad()
+def test_guidance_between_texts_of_different_lengths(masked: Conditioner) -> None:
+    captions = ["one two three four five six seven eight nine", "a red two"]
+    condition, null = masked.encode(captions), masked.null()
+    assert condition.text_embeds.shape[1] > null.text_embeds.shape[1]
+    dit, x = make_dit(masked), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(8))
+    t = torch.tensor([0.3, 0.8])
+    whole, whole_null = (padded(masked, masked.features(texts)) for texts in (captions, [""]))
+    expected = guided(dit, whole, whole_null, 3.0)(x, t)
+    torch.testing.assert_close(guided(dit, condition, null, 3.0)(x, t), expected, rtol=1e-5, atol=1e-5)
+    both_null = padded(masked, masked.features(["", ""]))
+    expected = guided(dit, both_null, whole, 3.0)(x, t)  # a negative prompt may be longer than what it is held against
+    torch.testing.assert_close(
+        guided(dit, masked.encode(["", ""]), condition, 3.0)(x, t), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_attended_text_is_never_cut(attended: Conditioner) -> None:
+    condition = attended.encode([""])
+    assert condition.text_mask is None
+    assert torch.equal(condition.text_embeds, padded(attended, attended.features([""])).text_embeds)
 
 
 @pytest.mark.parametrize("text_padding", ["masked", "attended"])
