@@ -15,7 +15,13 @@ for _name in [name for name in os.environ if name.startswith("AWS_") and name !=
     del os.environ[_name]
 os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# A change is judged by the same examples every time; people's own runs go on looking for new ones.
+hypothesis.settings.register_profile("same-examples", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("same-examples")
 
 _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
