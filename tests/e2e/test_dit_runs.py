@@ -46,7 +46,7 @@ def test_the_run_directory_is_as_documented(whole):
     assert manifest["meta"]["state"]["counters"]["micro_batches"] == 8 * 8 // 2
 
 
-@pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 1), (2, 3)])
+@pytest.mark.parametrize("ranks, stage", [(1, 0), pytest.param(2, 1, marks=pytest.mark.all), (2, 3)])
 def test_curve_does_not_depend_on_ranks_or_stage(world, whole, ranks, stage):
     """Same pictures, noise, t and dropout per sample; what differs is the order of float32 sums, amplified by Adam's
     first steps where a gradient is nearly zero."""
@@ -62,7 +62,8 @@ def test_curve_does_not_depend_on_ranks_or_stage(world, whole, ranks, stage):
 
 @pytest.mark.parametrize(
     "die, resumes_at",
-    [("log:6:1", 4), ("upload:8:0", 4)],  # between checkpoints; with the last one half written
+    # Between checkpoints (test_elastic_resume does so in every test run); with the last one half written.
+    [pytest.param("log:6:1", 4, marks=pytest.mark.all), ("upload:8:0", 4)],
 )
 def test_sigkill_and_resume_repeats_the_curve_bit_for_bit(world, whole, die, resumes_at):
     run = world.folder / die.replace(":", "-")
@@ -114,6 +115,7 @@ def test_another_recipe_is_refused_by_the_field_that_differs(world, whole):
     ]
 
 
+@pytest.mark.all
 def test_other_data_is_refused_and_leaves_the_run_as_it_is(world, whole):
     shards = world.data / "test"
     result = darkroom("train", "dit", world.dit, "--run", whole, "total_steps=12", f"data.shards={shards}")
