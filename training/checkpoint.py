@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.errors import DataError
 from data.manifest import (
@@ -77,14 +77,6 @@ class Snapshot:
 
     def group(self, group: str) -> dict[str, Tensor]:
         return {name: self.tensor(group, name) for name in self.index.get(group, {})}
-
-    def load_module(self, module: nn.Module, group: str = "model") -> None:
-        """Copies one group into a module's parameters by name."""
-        fragments = {
-            name: Fragment(data=parameter.data, start=0, shape=tuple(parameter.shape), replicated=True)
-            for name, parameter in module.named_parameters()
-        }
-        self.restore({group: fragments})
 
     def restore(self, groups: Groups) -> None:
         """Copies this rank's part of every tensor into the live fragments; a shape that differs is refused."""

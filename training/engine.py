@@ -183,6 +183,17 @@ class Engine:
         for state in self._base_optimizer().state.values():
             state["step"].fill_(float(step))
 
+    def refresh_weights(self) -> None:
+        """Brings the weights that compute in line with the fp32 masters after these were written. Collective."""
+        zero = self.model.optimizer
+        if self.config.zero_stage in (1, 2):
+            zero.update_lp_params()
+        elif self.config.zero_stage == 3:
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:  # small ones that every rank keeps whole
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
     def all_gather(self, fragments: dict[str, Fragment]) -> dict[str, Tensor]:
         """Whole tensors on every rank (collective)."""
         return {name: gather(fragment) for name, fragment in fragments.items()}

@@ -24,9 +24,10 @@ from training.ema import EMA
 from training.engine import Engine, Replica
 from training.errors import TrainingError
 from training.hooks import write_grid
-from training.loop import Run, check_data, open_run_directory
+from training.loop import Run, check_data
 from training.losses import psnr_db
 from training.optim import parameter_groups
+from training.run_directory import open_run_directory
 from training.schedule import learning_rate
 
 
@@ -53,8 +54,6 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     discriminator.init_weights(recipe.seed + 1)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
-    if snapshot is not None:
-        snapshot.load_module(autoencoder)  # before the engine shards it
     engine.shard(autoencoder, recipe.optim)
     replica = Replica(discriminator, recipe.discriminator_optim, engine.device)
     ema = EMA(recipe.ema, engine.weight_fragments())

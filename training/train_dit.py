@@ -17,8 +17,9 @@ from training.engine import Engine
 from training.errors import TrainingError
 from training.frozen import Frozen, check_encodings, load_frozen
 from training.hooks import sample_grid
-from training.loop import Run, check_data, open_run_directory
+from training.loop import Run, check_data
 from training.optim import parameter_groups
+from training.run_directory import open_run_directory
 from training.schedule import learning_rate
 
 
@@ -42,8 +43,6 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     dit.init_weights(recipe.seed)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
-    if snapshot is not None:
-        snapshot.load_module(dit)  # before the engine shards it
     engine.shard(dit, recipe.optim)
     # Stored features need the text encoders for the null condition and the sample grids alone: no GPU memory for that.
     frozen.to(engine.device, text=any(index.encoding is None for index in indexes))

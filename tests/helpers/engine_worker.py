@@ -83,8 +83,6 @@ def run_stage(
     engine = Engine(config, process.world_size)
     model = build()
     snapshot = Checkpointer(source, CheckpointConfig(), engine).newest() if source else None
-    if snapshot:
-        snapshot.load_module(model)
     engine.shard(model, optim)
     ema = EMA(EMAS, engine.weight_fragments())
 
@@ -93,6 +91,7 @@ def run_stage(
 
     if snapshot:
         snapshot.restore(groups())
+        engine.refresh_weights()
         engine.set_adam_step(snapshot.state["adam_step"])
     for step in range(start, start + steps):
         engine.set_learning_rate(rate(step))

@@ -9,7 +9,7 @@ from launch.errors import ConfigError
 from launch.runtime import Ranks
 from training.config import AutoencoderRecipe, DiTRecipe
 from training.errors import TrainingError
-from training.loop import open_run_directory, refuse_other_recipe
+from training.run_directory import open_run_directory, refuse_other_recipe
 
 SCHEMAS = {"digits-autoencoder": {"autoencoder": AutoencoderRecipe}, "digits-dit": {"dit": DiTRecipe}}
 

@@ -12,7 +12,6 @@ from training.autoencoder_step import generator_step, last_layer_norm
 from training.checkpoint import CheckpointConfig
 from training.engine import EngineConfig, Fragment, scatter
 from training.errors import TrainingError
-from training.loop import refuse_other_recipe
 from training.losses import (
     AutoencoderLossConfig,
     adaptive_weight,
@@ -23,6 +22,7 @@ from training.losses import (
     reconstruction_loss,
 )
 from training.metrics import Metrics, read_metrics
+from training.run_directory import refuse_other_recipe
 
 
 def test_kl_is_that_of_torch_distributions():
