@@ -131,6 +131,9 @@ class Engine:
         optimizer = build_adamw(model, optim)
         self.model, self._optimizer = self._accelerator.prepare(model.to(self.device), optimizer)
         self.module: nn.Module = self.model.module
+        self._stage0_norm: Tensor | None = None
+        if self.config.zero_stage == 0:
+            self._base_optimizer().register_step_pre_hook(lambda *_: self._clip_stage0())
         self.parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
 
     # -- one step ---------------------------------------------------------------------------------------------------
@@ -151,12 +154,25 @@ class Engine:
         set_learning_rate(self._optimizer.param_groups, learning_rate)
 
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last step before clipping; None at stage 0, where DeepSpeed does not tell.
+        """Global gradient norm of the last step before clipping; None before the first.
 
         A host sync: call it when logging only.
         """
-        norm = self.model.get_global_grad_norm()
+        norm = self._stage0_norm if self.config.zero_stage == 0 else self.model.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    @torch.no_grad()
+    def _clip_stage0(self) -> None:
+        """Runs before each AdamW step at stage 0, on gradients that are the same on every rank.
+
+        DeepSpeed clips there too but does not tell the norm. (Gradients set to None here would leave the step out:
+        AdamW then moves neither weights nor its counter.)
+        """
+        parameters = self.parameters.values()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        self._stage0_norm = norm
 
     @property
     def skipped_steps(self) -> int:
@@ -352,7 +368,7 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
     ds_config = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": config.max_grad_norm,  # absent means 1.0
+        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,  # absent means 1.0; stage 0: ours
         "bf16": {"enabled": _use_bfloat16(config, "cuda" if torch.cuda.is_available() else "cpu")},
         "zero_optimization": {
             "stage": config.zero_stage,
