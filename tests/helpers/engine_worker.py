@@ -16,6 +16,7 @@ from torch import nn
 from data.errors import DataError
 from data.manifest import list_commits
 from launch.runtime import ranks
+from tests.helpers import engine_options
 from training.checkpoint import CheckpointConfig, Checkpointer, Groups
 from training.ema import EMA, EMAConfig, gamma_of, power_name
 from training.engine import Engine, EngineConfig
@@ -178,6 +179,8 @@ if __name__ == "__main__":
     run_stage(3, part, 0, 2, None, GROUPED)
     forget_accelerate()
     results["3 then 2, groups"] = run_stage(2, root / "rest-groups", 2, STEPS - 2, part, GROUPED)
+    forget_accelerate()
+    results["options"] = engine_options.everything(root / "t5")
     if ranks().rank == 0:
         (root / "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()
