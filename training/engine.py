@@ -7,7 +7,7 @@ neither knows a ZeRO stage.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.blocks import ActivationCheckpointing, wrap_blocks
 from training.errors import TrainingError
+from training.fragments import Fragment as Fragment  # for those who use the engine
+from training.fragments import gather as gather
+from training.fragments import scatter as scatter
 from training.optim import OptimConfig, build_adamw, fresh_state, set_learning_rate
 
 if TYPE_CHECKING:
@@ -32,6 +36,9 @@ class EngineConfig:
     micro_batch_size: int  # samples per rank per forward
     global_batch_size: int  # samples per optimiser step over all ranks
     max_grad_norm: float = 1.0  # global L2 norm at which gradients are clipped; 0 = no clipping
+    offload_optimizer: bool = False  # AdamW, its moments and the fp32 masters on the host; zero_stage 1, 2 or 3
+    activation_checkpointing: ActivationCheckpointing = "none"  # what a block computes again in its backward pass
+    compile: bool = False  # torch.compile for every block; minutes at the start
 
     def __post_init__(self) -> None:
         if min(self.micro_batch_size, self.global_batch_size) < 1 or self.global_batch_size % self.micro_batch_size:
@@ -43,6 +50,8 @@ class EngineConfig:
             raise ValueError(f"max_grad_norm {self.max_grad_norm} must not be negative; 0 is no clipping")
         if self.zero_stage == 0 and self.precision == "bfloat16":
             raise ValueError("zero_stage 0 keeps no fp32 master weights for bfloat16; use zero_stage 1, 2 or 3")
+        if self.zero_stage == 0 and self.offload_optimizer:
+            raise ValueError("zero_stage 0 has no optimizer of its own to offload; use zero_stage 1, 2 or 3")
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per rank per optimiser step; refuses a world size that does not divide the global batch."""
@@ -55,49 +64,6 @@ class EngineConfig:
                 f"micro_batch_size {self.micro_batch_size}; valid numbers of ranks: {', '.join(map(str, valid))}"
             )
         return self.global_batch_size // per_pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fragment:
-    """This rank's contiguous part of one flattened parameter (or of a tensor sharded like it).
-
-    `data` is a live fp32 view of length n; it holds elements [start, start + n) of the flattened tensor of `shape`. A
-    rank that owns nothing of a parameter has n = 0. `replicated` means that every rank holds the whole tensor.
-    """
-
-    data: Tensor
-    start: int
-    shape: tuple[int, ...]
-    replicated: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole tensor."""
-        return int(torch.Size(self.shape).numel())
-
-    def like(self, data: Tensor) -> "Fragment":
-        """The same place in another tensor of the same shape (an EMA, an optimiser moment)."""
-        return Fragment(data=data, start=self.start, shape=self.shape, replicated=self.replicated)
-
-
-def gather(fragment: Fragment) -> Tensor:
-    """The whole tensor on every rank, float32, by one all-reduce of a buffer that is zero outside the own fragment.
-
-    Collective: every rank calls it for the same tensor in the same order. Adding zeros is exact.
-    """
-    if fragment.replicated:
-        return fragment.data.detach().reshape(fragment.shape)
-    full = torch.zeros(fragment.numel, dtype=torch.float32, device=fragment.data.device)
-    full[fragment.start : fragment.start + fragment.data.numel()] = fragment.data
-    if dist.get_world_size() > 1:
-        dist.all_reduce(full)
-    return full.reshape(fragment.shape)
-
-
-def scatter(full: Tensor, fragment: Fragment) -> None:
-    """Copies this rank's part of a whole tensor into its fragment."""
-    part = full.reshape(-1)[fragment.start : fragment.start + fragment.data.numel()]
-    fragment.data.view(-1).copy_(part)
 
 
 class Engine:
@@ -125,12 +91,28 @@ class Engine:
             raise RuntimeError(f"accelerate sees {self.world_size} ranks, the environment says {world_size}")
         self.precision = torch.bfloat16 if _use_bfloat16(config, self.device.type) else torch.float32
 
-    def shard(self, model: nn.Module, optim: OptimConfig) -> None:
-        """Hands the model (fp32 parameters, the same values on every rank) and its AdamW to DeepSpeed."""
+    def shard(self, model: nn.Module, optim: OptimConfig, blocks: Iterable[nn.Module] = ()) -> None:
+        """Hands the model (fp32 parameters, the same values on every rank) and its AdamW to DeepSpeed.
+
+        Args:
+            model: stays the caller's name for it; what trains is `self.model`.
+            optim: rules for AdamW.
+            blocks: the model's repeated parts, the units of recomputation, compilation and ZeRO-3's gathering.
+        """
+        from deepspeed.utils import set_z3_leaf_module
+
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        blocks = list(blocks)
+        wrap_blocks(blocks, self.config.activation_checkpointing, self.config.compile)
+        for block in blocks:
+            set_z3_leaf_module(block, True)  # ZeRO-3 gathers a block as a whole and looks for nothing inside
         optimizer = build_adamw(model, optim)
         self.model, self._optimizer = self._accelerator.prepare(model.to(self.device), optimizer)
+        _hide_from_transformers(self._accelerator)
         self.module: nn.Module = self.model.module
+        self._stage0_norm: Tensor | None = None
+        if self.config.zero_stage == 0:
+            self._base_optimizer().register_step_pre_hook(lambda *_: self._clip_stage0())
         self.parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
 
     # -- one step ---------------------------------------------------------------------------------------------------
@@ -151,12 +133,25 @@ class Engine:
         set_learning_rate(self._optimizer.param_groups, learning_rate)
 
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last step before clipping; None at stage 0, where DeepSpeed does not tell.
+        """Global gradient norm of the last step before clipping; None before the first.
 
         A host sync: call it when logging only.
         """
-        norm = self.model.get_global_grad_norm()
+        norm = self._stage0_norm if self.config.zero_stage == 0 else self.model.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    @torch.no_grad()
+    def _clip_stage0(self) -> None:
+        """Runs before each AdamW step at stage 0, on gradients that are the same on every rank.
+
+        DeepSpeed clips there too but does not tell the norm. (Gradients set to None here would leave the step out:
+        AdamW then moves neither weights nor its counter.)
+        """
+        parameters = self.parameters.values()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        self._stage0_norm = norm
 
     @property
     def skipped_steps(self) -> int:
@@ -349,23 +344,39 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     bucket = 2**28 if torch.cuda.is_available() else 2**22  # elements; the buffers are allocated up front
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
     ds_config = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": config.max_grad_norm,  # absent means 1.0
+        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,  # absent means 1.0; stage 0: ours
         "bf16": {"enabled": _use_bfloat16(config, "cuda" if torch.cuda.is_available() else "cpu")},
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": torch.cuda.is_available(),
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            # ZeRO-3's own linear layer keeps no gathered weight for the backward pass, which recomputation need not
+            # fear; it adds the bias in place, and so to what "selective" kept of the product: silently wrong.
+            "memory_efficient_linear": config.activation_checkpointing == "none",
+            **(offload if config.offload_optimizer else {}),
         },
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the host too; DeepSpeed's would be compiled
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    return Accelerator(
+    accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps),
         # Left to itself, accelerate takes ranks without a GPU for processes of their own.
         kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
     )
+    _hide_from_transformers(accelerator)
+    return accelerator
+
+
+def _hide_from_transformers(accelerator: "Accelerator") -> None:
+    """Drops what accelerate keeps for transformers to see: at stage 3 it would partition every model that it loads.
+
+    The frozen text encoders are whole on each rank and no part of the engine.
+    """
+    accelerator.state.deepspeed_plugin.dschf = None

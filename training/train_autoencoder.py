@@ -54,7 +54,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     discriminator.init_weights(recipe.seed + 1)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
-    engine.shard(autoencoder, recipe.optim)
+    engine.shard(autoencoder, recipe.optim, autoencoder.blocks)
     replica = Replica(discriminator, recipe.discriminator_optim, engine.device)
     ema = EMA(recipe.ema, engine.weight_fragments())
     if perceptual is not None:
