@@ -6,10 +6,13 @@ neither knows a ZeRO stage.
 """
 
 import logging
+import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from training.errors import TrainingError
 from training.optim import OptimConfig, build_adamw, fresh_state, set_learning_rate
+from training.update_gate import ask_before_updates, guarded, not_finite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +36,7 @@ class EngineConfig:
     micro_batch_size: int  # samples per rank per forward
     global_batch_size: int  # samples per optimiser step over all ranks
     max_grad_norm: float = 1.0  # global L2 norm at which gradients are clipped; 0 = no clipping
+    hang_timeout_s: float = 1800.0  # seconds without progress after which a run is ended; 0 = never
 
     def __post_init__(self) -> None:
         if min(self.micro_batch_size, self.global_batch_size) < 1 or self.global_batch_size % self.micro_batch_size:
@@ -41,6 +46,8 @@ class EngineConfig:
             )
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm {self.max_grad_norm} must not be negative; 0 is no clipping")
+        if self.hang_timeout_s < 0:
+            raise ValueError(f"hang_timeout_s {self.hang_timeout_s} must not be negative; 0 is no watch")
         if self.zero_stage == 0 and self.precision == "bfloat16":
             raise ValueError("zero_stage 0 keeps no fp32 master weights for bfloat16; use zero_stage 1, 2 or 3")
 
@@ -124,6 +131,10 @@ class Engine:
         if self.world_size != world_size:
             raise RuntimeError(f"accelerate sees {self.world_size} ranks, the environment says {world_size}")
         self.precision = torch.bfloat16 if _use_bfloat16(config, self.device.type) else torch.float32
+        self.judge: Callable[[float], bool] = not_finite  # is the update with this gradient norm to be left out?
+        self.mark: Callable[[str], None] = lambda phase: None  # is told what the engine is about to do
+        self._norm: float | None = None  # of the last step
+        self._losses: deque[Tensor] = deque(maxlen=self.accumulation_steps)  # of the last micro-batches
 
     def shard(self, model: nn.Module, optim: OptimConfig) -> None:
         """Hands the model (fp32 parameters, the same values on every rank) and its AdamW to DeepSpeed."""
@@ -132,6 +143,7 @@ class Engine:
         self.model, self._optimizer = self._accelerator.prepare(model.to(self.device), optimizer)
         self.module: nn.Module = self.model.module
         self.parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
+        ask_before_updates(self.model, self.config.zero_stage, self._left_out, self._clip)
 
     # -- one step ---------------------------------------------------------------------------------------------------
     def autocast(self) -> AbstractContextManager:
@@ -142,26 +154,40 @@ class Engine:
         """Wraps one micro-batch; the last of `accumulation_steps` synchronises the gradients and steps."""
         return self._accelerator.accumulate(self.model)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulates d(loss / accumulation_steps); on the last micro-batch also clips and steps."""
-        self._accelerator.backward(loss)
+    def backward(self, loss: Tensor, value: Tensor | None = None) -> None:
+        """Accumulates d(loss / accumulation_steps); on the last micro-batch also clips and steps.
+
+        Args:
+            loss: scalar.
+            value: the loss's value, if `loss` has only its gradient. If it is not finite on any rank, no rank updates.
+        """
+        self.mark("backward")
+        value = loss if value is None else value
+        self._losses.append(value.detach())
+        self._accelerator.backward(guarded(loss, value))
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """The schedule's rate for the next step; each parameter group keeps its own scale."""
         set_learning_rate(self._optimizer.param_groups, learning_rate)
 
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last step before clipping; None at stage 0, where DeepSpeed does not tell.
+        """Global gradient norm of the last step before clipping; None if it was not finite or there was no step."""
+        return self._norm if self._norm is not None and math.isfinite(self._norm) else None
 
-        A host sync: call it when logging only.
-        """
-        norm = self.model.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def last_losses(self) -> list[float]:
+        """Losses of this rank's micro-batches of the last step. A host sync."""
+        return torch.stack(list(self._losses)).tolist() if self._losses else []
 
-    @property
-    def skipped_steps(self) -> int:
-        """Updates DeepSpeed left out because a gradient was not finite."""
-        return int(self.model.skipped_steps)
+    def _left_out(self, norm: Tensor) -> bool:
+        self._norm = float(norm)
+        self.mark("update")
+        return self.judge(self._norm)
+
+    def _clip(self) -> Tensor:
+        """Clips the gradients of stage 0, which every rank holds whole, as DeepSpeed does; returns their norm."""
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        return clip_grad_norm_(parameters=self.module.parameters(), max_norm=self.config.max_grad_norm or math.inf)
 
     # -- what the EMA and the checkpoints read ----------------------------------------------------------------------
     def weight_fragments(self) -> dict[str, Fragment]:
@@ -291,10 +317,14 @@ class Replica:
         self.optimizer = build_adamw(self.module, optim)
         parallel = dist.is_initialized() and dist.get_world_size() > 1
         self.model = nn.parallel.DistributedDataParallel(self.module) if parallel else self.module
+        self.judge: Callable[[float], bool] = not_finite  # is the update with this gradient norm to be left out?
 
     @contextmanager
     def accumulate(self, *, first: bool, last: bool) -> Iterator[None]:
-        """Wraps forward and backward of one micro-batch; gradients are averaged over ranks and applied on the last."""
+        """Wraps forward and backward of one micro-batch; gradients are averaged over ranks and applied on the last.
+
+        Whether they are applied is decided by their norm (a host sync), which is the same on all ranks.
+        """
         if first:
             self.optimizer.zero_grad(set_to_none=True)
         quiet: AbstractContextManager = nullcontext()
@@ -303,7 +333,9 @@ class Replica:
         with quiet:
             yield
         if last:
-            self.optimizer.step()
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            if not self.judge(float(nn.utils.get_total_norm(gradients))):
+                self.optimizer.step()
 
     def counters(self) -> dict[str, int]:
         """What a checkpoint's state carries beside the fragments."""
@@ -353,7 +385,10 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.max_grad_norm,  # absent means 1.0
-        "bf16": {"enabled": _use_bfloat16(config, "cuda" if torch.cuda.is_available() else "cpu")},
+        "bf16": {
+            "enabled": _use_bfloat16(config, "cuda" if torch.cuda.is_available() else "cpu"),
+            "check_grad_overflow": False,  # another pass over all gradients for what their norm says
+        },
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": torch.cuda.is_available(),
@@ -363,9 +398,19 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    return Accelerator(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps),
-        # Left to itself, accelerate takes ranks without a GPU for processes of their own.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
-    )
+    # Nobody gives up before the watchdog, which can say who is to blame.
+    timeout = timedelta(seconds=max(1800.0, 2 * config.hang_timeout_s))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        return Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps),
+            # Left to itself, accelerate takes ranks without a GPU for processes of their own.
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise TrainingError(
+            f"MASTER_PORT {os.environ['MASTER_PORT']} is taken by another process on this machine; give the run another"
+        ) from None

@@ -13,9 +13,15 @@ from launch.runtime import Ranks
 from training.errors import TrainingError
 
 # A resumed run may change these; anything else would make it another run.
-CHANGEABLE = {"total_steps", "log_every_steps", "sample_every_steps", "samples", "checkpoint", "validation_shards"}
+CHANGEABLE = {
+    *("total_steps", "log_every_steps", "sample_every_steps", "samples", "checkpoint", "validation_shards"),
+    "step_policy",
+}
 # Data sets are known by their fingerprints (check_stamp), not by where they lie.
-CHANGEABLE_NESTED = {"engine": {"zero_stage"}, "data": {"num_workers", "shards", "mix", "max_bad_fraction"}}
+CHANGEABLE_NESTED = {
+    "engine": {"zero_stage", "hang_timeout_s"},
+    "data": {"num_workers", "shards", "mix", "max_bad_fraction"},
+}
 
 
 def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) -> None:
