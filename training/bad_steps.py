@@ -30,7 +30,7 @@ class BadSteps:
     def __init__(self, directory: Path, config: StepPolicyConfig, engine: Engine) -> None:
         self.policy = StepPolicy(config)
         self._directory, self._engine = directory, engine
-        self._keys: list[str] = []  # of this rank's first samples since the last good step
+        self._keys: list[str] = []  # of this rank's first samples since the last good step or roll-back
         self._reasons: set[str] = set()
         engine.judge = self.policy.judge
 
@@ -94,6 +94,7 @@ class BadSteps:
             raise TrainingError(self._last_words(what, f"after {done} roll-backs to step {snapshot.step}"))
         restore(snapshot)
         policy.roll_back(snapshot.state.get("step_policy", {}), snapshot.step, step)
+        self._keys, self._reasons = [], set()
         return (
             f"{what}: went back to the weights of step {snapshot.step}; the data goes on, samples of steps "
             f"{policy.passed_over[-1][0] + 1} to {step} are passed over (roll-back {done + 1} to this checkpoint)"

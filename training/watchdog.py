@@ -182,9 +182,13 @@ class Watchdog:
     def _give_up(self, told: str) -> None:
         path = self._directory / f"stacks-{self._rank}.txt"
         line = f"rank {self._rank}, pid {os.getpid()}, in {self._place.phase!r} of step {self._place.step}: {told}"
-        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
-            _dump(file, line)
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        try:
+            with path.open("a+", encoding="utf-8") as file:
+                start = file.tell()
+                _dump(file, line)
+                file.seek(start)
+                print(file.read(), file=sys.stderr, flush=True)  # at once: those of two ranks do not mix
+        except OSError:  # a full disk
             _dump(sys.stderr, line)
         with contextlib.suppress(RuntimeError):  # all ranks' stacks are written before the launcher ends any of them
             if self._store is not None:
