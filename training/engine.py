@@ -143,7 +143,7 @@ class Engine:
         self.model, self._optimizer = self._accelerator.prepare(model.to(self.device), optimizer)
         self.module: nn.Module = self.model.module
         self.parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
-        ask_before_updates(self.model, self.config.zero_stage, self._left_out, self._clip)
+        ask_before_updates(self.model, self.config.zero_stage, self._left_out, self._clip_stage0)
 
     # -- one step ---------------------------------------------------------------------------------------------------
     def autocast(self) -> AbstractContextManager:
@@ -183,11 +183,14 @@ class Engine:
         self.mark("update")
         return self.judge(self._norm)
 
-    def _clip(self) -> Tensor:
-        """Clips the gradients of stage 0, which every rank holds whole, as DeepSpeed does; returns their norm."""
-        from deepspeed.runtime.utils import clip_grad_norm_
-
-        return clip_grad_norm_(parameters=self.module.parameters(), max_norm=self.config.max_grad_norm or math.inf)
+    @torch.no_grad()
+    def _clip_stage0(self) -> Tensor:
+        """Clips gradients that are the same on every rank and returns their norm, which DeepSpeed would not tell."""
+        parameters = self.parameters.values()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        return norm
 
     # -- what the EMA and the checkpoints read ----------------------------------------------------------------------
     def weight_fragments(self) -> dict[str, Fragment]:
@@ -384,7 +387,7 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
     ds_config = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": config.max_grad_norm,  # absent means 1.0
+        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,  # absent means 1.0; stage 0: ours
         "bf16": {
             "enabled": _use_bfloat16(config, "cuda" if torch.cuda.is_available() else "cpu"),
             "check_grad_overflow": False,  # another pass over all gradients for what their norm says

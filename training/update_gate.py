@@ -37,7 +37,7 @@ def ask_before_updates(
         zero_stage: its stage.
         left_out: is given the global gradient norm before clipping, the same on all ranks and inf if it is not finite;
             says whether to leave the update out.
-        clip: clips the gradients of stage 0, which every rank holds whole, and returns their norm.
+        clip: clips the gradients of stage 0, where DeepSpeed is told not to, and returns their norm.
     """
     zero = model.optimizer
     if zero_stage == 0:
@@ -49,7 +49,6 @@ def ask_before_updates(
                 step()
 
         zero.step, zero.overflow = judged_step, False
-        model.clip_fp32_gradients = lambda: None  # done in `clip`
     elif zero_stage == 3:
         group_norms = zero._get_norm_groups
 

@@ -34,6 +34,7 @@ def test_weights_and_averages_are_those_of_one_process(results, case):
     assert results[case]["weights"] < 1e-6
     assert results[case]["ema"] < 1e-6
     assert results[case]["adam_step"] == 5
+    assert max(map(abs, results[case]["norms"])) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES)
