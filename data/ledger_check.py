@@ -38,8 +38,8 @@ class Verdict:
             `refused` ones (records), those `to_come`, those met `twice` or more often, and `missing` ones, which the
             run went past.
         problems: What is wrong with the record, one line each; of each kind no more than NAMED.
-        passed_over: Consumed, but without effect on the weights: ranges [first, end) of steps and of micro-batches whose
-            updates the run undid when it went back to a checkpoint, and how many samples that are.
+        passed_over: Consumed, but without effect on the weights: ranges [first, end) of steps and of micro-batches
+            whose updates the run undid when it went back to a checkpoint, and how many samples that are.
         skipped_steps: Steps without an update, whose samples the run directory's bad_steps-*.jsonl names. Like
             `passed_over` as the newest commit counts them, and no fault of the record.
         num_samples: Samples that were not met exactly once and in their turn.

@@ -28,7 +28,7 @@ ERROR_DIR_VARIABLE = "DARKROOM_ERROR_DIR"
 EXIT_PREEMPTED = 75  # stopped by a signal and saved: the scheduler may requeue
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_S = 0.05
-_VERDICT_S = 2.0  # for which a rank that lost its connection waits to hear whether another one died
+_VERDICT_S = 5.0  # for which a rank that lost its connection waits to hear whether another one died
 _LOST = ("onnection", "Broken pipe", "NCCL", "peer")  # words of gloo and NCCL when a rank is gone
 _PR_SET_PDEATHSIG = 1
 

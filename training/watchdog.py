@@ -48,23 +48,26 @@ def hang_message(places: list[Place | None], silent: list[int], timeout_s: float
     known = {rank: place for rank, place in enumerate(places) if place is not None}
     lost = sorted({*silent, *(set(range(len(places))) - set(known))})
     if lost:
-        told = f"{_ranks(lost)} does not answer (stopped, or its machine is lost)"
+        told = f"{_ranks(lost, 'does', 'do')} not answer (stopped, or the machine is lost)"
     else:
         least = min(place.marks for place in known.values())
         lost = [rank for rank, place in known.items() if place.marks == least]
-        told = f"{_ranks(lost)} hangs"
+        told = _ranks(lost, "hangs", "hang")
     if last := [known[rank] for rank in lost if rank in known]:
         told += f" in {last[0].phase!r} of step {last[0].step}"
     waiting = [rank for rank in known if rank not in lost]
     if waiting:
         place = known[waiting[0]]
-        told += f"; {_ranks(waiting)} waits in {place.phase!r} of step {place.step}"
+        told += f"; {_ranks(waiting, 'waits', 'wait')} in {place.phase!r} of step {place.step}"
     return f"no progress for {timeout_s:g} s: {told}"
 
 
-def _ranks(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
-    return f"rank {shown}"
+def _ranks(numbers: list[int], one: str, many: str) -> str:
+    if len(numbers) == 1:
+        return f"rank {numbers[0]} {one}"
+    return (
+        f"ranks {', '.join(map(str, numbers[:8]))}" + f" and {len(numbers) - 8} more" * (len(numbers) > 8) + f" {many}"
+    )
 
 
 class Watchdog:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ EXTENSIONS = ("deepspeed_shm_comm", "fused_adam", "cpu_adam", "utils", "async_io
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """The worker's folder and how it ended, on a machine where every compile would hang or fail."""
+    """The worker's folder and how it ended, on a machine where every compile would hang or fail; and a second job."""
     folder = tmp_path_factory.mktemp("faults")
     for name in EXTENSIONS:
         (folder / "extensions" / name).mkdir(parents=True)
@@ -24,10 +25,21 @@ def job(tmp_path_factory):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": NO_NINJA}
     env["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     worker = str(ROOT / "tests" / "helpers" / "fault_worker.py")
-    program = f"import sys; from launch.runtime import spawn; sys.exit(spawn(2, {[sys.executable, worker, str(folder)]}))"
+    # A second run, on a port that somebody else has: one process is enough to find that out.
+    taken = socket.create_server(("127.0.0.1", 0))
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = str(taken.getsockname()[1])
+    command = [sys.executable, "-m", "tests.helpers.dying_darkroom", "train", "dit", "digits-dit"]
+    command += ["data.shards=none", "autoencoder=none", "--run", str(folder / "run")]
+    blocked = subprocess.Popen(command, env=env | world, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    program = (
+        f"import sys; from launch.runtime import spawn; sys.exit(spawn(2, {[sys.executable, worker, str(folder)]}))"
+    )
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=400)
     assert (folder / "results.json").exists(), done.stderr
-    return folder, done
+    with taken:
+        told = blocked.communicate(timeout=400)[1]
+    return folder, done, (blocked.returncode, world["MASTER_PORT"], told)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +100,7 @@ def test_a_discriminator_is_not_poisoned(results):
 
 
 def test_a_hang_is_ended_and_the_rank_is_named(job):
-    folder, done = job
+    folder, done, _ = job
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
@@ -99,3 +111,11 @@ def test_a_hang_is_ended_and_the_rank_is_named(job):
     assert "wait_for_data_that_never_comes" in hanging and "wait_for_data_that_never_comes" not in waiting
     assert "barrier" in waiting
     assert hanging in done.stderr
+
+
+def test_a_taken_port_is_one_line(job):
+    code, port, told = job[2]
+    assert code == 2
+    lines = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert lines == [f"error: MASTER_PORT {port} is taken by another process on this machine; give the run another"]
+    assert "Traceback" not in told

@@ -27,16 +27,18 @@ from training.watchdog import Watchdog
 MICRO, GLOBAL, CLIP = 2, 8, 0.05
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
 EMAS = EMAConfig(decays=(0.5,), warmup=False)
-POLICY = StepPolicyConfig(spike_factor=5.0, spike_quantile=0.5, window=8, min_norms=2, max_bad_steps=3, max_roll_backs=2)
+POLICY = StepPolicyConfig(
+    spike_factor=5.0, spike_quantile=0.5, window=8, min_norms=2, max_bad_steps=3, max_roll_backs=2
+)
 COMMIT = 5  # steps done at the only commit
 LOOK = 11  # steps done when weights are compared
 # By step from 0: (rank, what is wrong with its first micro-batch).
 FAULTS = {
     2: (1, "inf loss"),  # with finite gradients
     4: (0, "spike"),
-    **{step: (1, "nan gradient") for step in (6, 7, 8)},  # roll-back to step 5 before step 9
-    **{step: (0, "inf loss") for step in (11, 12, 13)},  # again
-    **{step: (1, "spike") for step in (14, 15, 16)},  # the end
+    **dict.fromkeys((6, 7, 8), (1, "nan gradient")),  # roll-back to step 5 before step 9
+    **dict.fromkeys((11, 12, 13), (0, "inf loss")),  # again
+    **dict.fromkeys((14, 15, 16), (1, "spike")),  # the end
 }
 APPLIED = (0, 1, 3, 9, 10)  # what is left of the first LOOK steps
 
