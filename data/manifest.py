@@ -111,8 +111,8 @@ def verify(store: Store, step: int, manifest: Manifest) -> list[str]:
     return problems
 
 
-def newest_verified(store: Store) -> tuple[int, Manifest, list[str]] | None:
-    """Finds the newest commit whose files all verify.
+def newest_verified(store: Store, not_after: int | None = None) -> tuple[int, Manifest, list[str]] | None:
+    """Finds the newest commit whose files all verify, up to a step if one is given.
 
     Returns:
         (step, manifest, complaints about newer commits that had to be passed over), or None if the store is empty.
@@ -122,6 +122,8 @@ def newest_verified(store: Store) -> tuple[int, Manifest, list[str]] | None:
     """
     complaints: list[str] = []
     for step in reversed(list_commits(store)):
+        if not_after is not None and step > not_after:
+            continue
         try:
             manifest = read_manifest(store, step)
         except DataError as error:
@@ -132,7 +134,7 @@ def newest_verified(store: Store) -> tuple[int, Manifest, list[str]] | None:
             return step, manifest, complaints
         complaints += problems
     found = len(store.list())
-    if not found:
+    if not found or not_after is not None:
         return None
     first = f" ({complaints[0]})" if complaints else ""
     raise DataError(

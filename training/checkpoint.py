@@ -143,8 +143,11 @@ class Checkpointer:
             "stop one of them"
         )
 
-    def newest(self) -> Snapshot | None:
+    def newest(self, not_after: int | None = None) -> Snapshot | None:
         """The newest commit that verifies, or None for a run that never saved. Collective; rank 0 does the hashing.
+
+        Args:
+            not_after: with a step, None if there is no commit up to it; newer ones stay as they are.
 
         Raises:
             TrainingError: there are files but no valid commit.
@@ -152,8 +155,9 @@ class Checkpointer:
         found, error = None, None
         if self.engine.rank == 0:
             try:
-                found = newest_verified(self.store)
-                self._retire_newer(found[0] if found else None)
+                found = newest_verified(self.store, not_after)
+                if not_after is None:
+                    self._retire_newer(found[0] if found else None)
             except DataError as caught:
                 error = str(caught)
         found, error = self.engine.from_rank0((found, error))

@@ -66,8 +66,10 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
                               recipe.diffusion, recipe.data.image_size)  # fmt: skip
         sample_grid(engine, ema.fragments(), sampler, recipe.samples, path)
 
-    loop(recipe, run, engine, ema, frozen, groups, draw)
-    finish(recipe, run, engine, ema, frozen, dit_config)
+    with run.watchdog:
+        loop(recipe, run, engine, ema, frozen, groups, draw)
+        run.watchdog.mark("finish")
+        finish(recipe, run, engine, ema, frozen, dit_config)
 
 
 def loop(

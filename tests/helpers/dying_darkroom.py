@@ -1,8 +1,12 @@
-"""The darkroom command, except that one rank SIGKILLs itself where DARKROOM_TEST_DIE says.
+"""The darkroom command, except that it meets the faults that the environment names.
+
+A rank SIGKILLs itself where DARKROOM_TEST_DIE says:
 
 DARKROOM_TEST_DIE=log:6:1     rank 1, after the row of step 6 is due
 DARKROOM_TEST_DIE=upload:8:0  rank 0, while the files of the checkpoint of step 8 are being put
 DARKROOM_TEST_DIE=shard:5:1   rank 1, between the tar and the sidecar of shard 5
+
+DARKROOM_TEST_NAN=41,51       pictures 41 and 51 of the run, counted from 0, are NaN
 """
 
 import os
@@ -43,7 +47,26 @@ def arm(where: str, step: int, rank: int) -> None:
         LocalStore.put_file = put_and_die  # type: ignore[method-assign]
 
 
+def poison(numbers: set[int]) -> None:
+    import torch
+
+    from data.loader import Batch
+
+    images = Batch.images
+
+    def images_and_nan(self: Batch, device: torch.device | str = "cpu") -> torch.Tensor:
+        pictures = images(self, device)
+        for row, number in enumerate(self.sample_numbers.tolist()):
+            if number in numbers:
+                pictures[row] = torch.nan
+        return pictures
+
+    Batch.images = images_and_nan  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
+    if numbers := os.environ.get("DARKROOM_TEST_NAN"):
+        poison({int(number) for number in numbers.split(",")})
     if plan := os.environ.get("DARKROOM_TEST_DIE"):
         where, step, rank = plan.split(":")
         arm(where, int(step), int(rank))
