@@ -3,6 +3,7 @@
 DARKROOM_TEST_DIE=log:6:1     rank 1, after the row of step 6 is due
 DARKROOM_TEST_DIE=upload:8:0  rank 0, while the files of the checkpoint of step 8 are being put
 DARKROOM_TEST_DIE=shard:5:1   rank 1, between the tar and the sidecar of shard 5
+DARKROOM_TEST_DIE=signal:3:1  nobody: rank 1 sends SIGUSR1 to the command once the row of step 3 is due
 """
 
 import os
@@ -19,7 +20,7 @@ def _die() -> None:
 def arm(where: str, step: int, rank: int) -> None:
     if ranks().rank != rank or "RANK" not in os.environ:
         return
-    if where == "log":
+    if where in ("log", "signal"):
         from training.loop import Run
 
         log = Run.log
@@ -27,7 +28,7 @@ def arm(where: str, step: int, rank: int) -> None:
         def log_and_die(self: Run, **extra: float) -> None:
             log(self, **extra)
             if self.counters.step + 1 == step:
-                _die()
+                _die() if where == "log" else os.kill(os.getppid(), signal.SIGUSR1)
 
         Run.log = log_and_die  # type: ignore[method-assign]
     else:
