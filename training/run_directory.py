@@ -34,10 +34,10 @@ def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) ->
             raise TrainingError(f"{path} holds no recipe; restore it, or give another --run")
         refuse_other_recipe(_completed(old, type(recipe), path), resolved, directory)
     elif ranks.rank == 0:
-        if directory.exists() and any(directory.iterdir()):
+        partial = path.with_suffix(".partial")  # also what a start leaves that was killed right here
+        if directory.exists() and any(found != partial for found in directory.iterdir()):
             raise TrainingError(f"{directory} exists but is no run (no run.yaml); choose another --run or empty it")
         directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         partial.write_text(dump_yaml({"recipe": resolved, "provenance": provenance()}), encoding="utf-8")
         partial.rename(path)
 

@@ -138,9 +138,11 @@ def dit_config_of(recipe: DiTRecipe, frozen: Frozen) -> DiTConfig:
 def keep_frozen(frozen: Frozen, directory: Path, engine: Engine) -> None:
     """Keeps the frozen networks in the run, so that its checkpoints need nothing else; refuses others on resume."""
     kept = directory / "frozen"
-    if engine.rank == 0 and not kept.exists():
-        save_autoencoder(kept / "autoencoder", frozen.autoencoder)
-        frozen.conditioner.save(kept / "text_encoders")
+    if engine.rank == 0:  # each is there whole or not at all; a kill may have come between them
+        if not (kept / "autoencoder").exists():
+            save_autoencoder(kept / "autoencoder", frozen.autoencoder)
+        if not (kept / "text_encoders").exists():
+            frozen.conditioner.save(kept / "text_encoders")
     engine.barrier()
     _, fingerprint = load_autoencoder(kept / "autoencoder")
     for what, was, now in (
