@@ -100,8 +100,8 @@ def loop(
         )
         engine.set_learning_rate(rate)
         for micro, batch in enumerate(run.micro_batches(loader)):
-            images, weights = batch.images(engine.device), batch.weights.to(engine.device)
-            numbers = batch.sample_numbers.to(engine.device)
+            images, weights = batch.images(engine.device), batch.weights.to(engine.device, non_blocking=True)
+            numbers = batch.sample_numbers.to(engine.device, non_blocking=True)
             eps = posterior_noise(autoencoder, images, numbers, recipe.seed)
             with engine.accumulate():
                 with engine.autocast():
