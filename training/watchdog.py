@@ -209,9 +209,9 @@ class Watchdog:
             if time.monotonic() > deadline:
                 break
             time.sleep(self._look_s / 10)
-        if self._rank == 0 and self._world_size > 1:
-            time.sleep(2 * self._look_s)  # the store lives here: the others leave first
         report_error(RuntimeError(f"{told}; stacks of all threads: {self._directory}/stacks-*.txt"))
+        if self._rank == 0 and self._world_size > 1:
+            time.sleep(self._look_s)  # the store lives here: the others leave first
         self._end(1)
 
 
