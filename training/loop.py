@@ -136,7 +136,8 @@ class Run:
         for complaint in snapshot.complaints:
             self.metrics.say(f"warning: {complaint}; falling back to step {snapshot.step}")
         restore(snapshot)
-        self.bad_steps.policy.load(snapshot.state["step_policy"])
+        if state := snapshot.state.get("step_policy"):  # not of a run from before there was one
+            self.bad_steps.policy.load(state)
         self.counters = Counters(**snapshot.state["counters"])
         self._stamp = snapshot.state["data"]["stamp"]
         self._positions = dict(Cursor.from_dict(snapshot.state["data"]["cursor"]).positions)

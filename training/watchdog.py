@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn, Self
+from typing import IO, Any, NamedTuple, NoReturn, Self, TypeVar
 
 import torch.distributed as dist
 
@@ -26,7 +26,9 @@ BRIEF = ("data", "forward", "backward", "update", "row")
 PATIENCE = 4.0  # times the time-out for the other phases, and for the whole first step, in which kernels are built
 LOOKS = 20  # looks per time-out
 LONGEST_LOOK_S = 10.0
+LEAST_ANSWER_S = 2.0  # that the store is given for an answer
 _KEY = "darkroom/watchdog"
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -37,27 +39,26 @@ class Place(NamedTuple):
     phase: str
 
 
-def hang_message(places: list[Place | None], silent: list[int], timeout_s: float) -> str:
+def hang_message(places: dict[int, Place], silent: set[int], timeout_s: float) -> str:
     """Names the ranks that are behind.
 
     Args:
-        places: by rank; None where nothing is known.
-        silent: ranks that have ceased to publish.
+        places: of the ranks that are known of, among them the one that asks.
+        silent: ranks that do not publish, or no longer.
         timeout_s: the time-out.
     """
-    known = {rank: place for rank, place in enumerate(places) if place is not None}
-    lost = sorted({*silent, *(set(range(len(places))) - set(known))})
-    if lost:
+    if silent:
+        lost = sorted(silent)
         told = f"{_ranks(lost, 'does', 'do')} not answer (stopped, or the machine is lost)"
     else:
-        least = min(place.marks for place in known.values())
-        lost = [rank for rank, place in known.items() if place.marks == least]
+        least = min(place.marks for place in places.values())
+        lost = sorted(rank for rank, place in places.items() if place.marks == least)
         told = _ranks(lost, "hangs", "hang")
-    if last := [known[rank] for rank in lost if rank in known]:
+    if last := [places[rank] for rank in lost if rank in places]:
         told += f" in {last[0].phase!r} of step {last[0].step}"
-    waiting = [rank for rank in known if rank not in lost]
+    waiting = sorted(places.keys() - set(lost))
     if waiting:
-        place = known[waiting[0]]
+        place = places[waiting[0]]
         told += f"; {_ranks(waiting, 'waits', 'wait')} in {place.phase!r} of step {place.step}"
     return f"no progress for {timeout_s:g} s: {told}"
 
@@ -92,6 +93,7 @@ class Watchdog:
         self._directory, self._rank, self._world_size = directory, rank, world_size
         self._timeout_s, self._end = timeout_s, end
         self._look_s = min(timeout_s / LOOKS, LONGEST_LOOK_S)
+        self._patience_s = max(3 * self._look_s, LEAST_ANSWER_S)  # with the store
         self._place, self._since_s = Place(0, 0, "start"), time.monotonic()
         self._first_step: int | None = None
         self._beats = 0
@@ -132,8 +134,7 @@ class Watchdog:
             # Should the interpreter itself be blocked, so that this thread cannot run, a thread of C ends the process.
             with contextlib.suppress(ValueError, OSError, AttributeError):  # no real stderr
                 faulthandler.dump_traceback_later(2 * PATIENCE * self._timeout_s, exit=True, file=sys.stderr)
-            self._publish()
-            told = self._told_by_another()
+            told = self._exchange()
             if told is None and time.monotonic() - self._since_s > self._allowed_s():
                 told = self._find_out()
             if told is not None and not self._stopped.is_set():
@@ -144,43 +145,52 @@ class Watchdog:
         brief = self._place.phase in BRIEF and self._place.step != self._first_step
         return self._timeout_s if brief else PATIENCE * self._timeout_s
 
-    def _publish(self) -> None:
+    def _ask(self, question: Callable[[dist.Store], T]) -> T | None:
+        """The store's answer, or None if there is none for long."""
+        if (store := self._store) is None:
+            return None
+        answer = _within(self._patience_s, lambda: question(store))
+        if answer is None:
+            self._store = None  # a call that is stuck blocks all that come after it
+        return answer
+
+    def _exchange(self) -> str | None:
+        """Publishes where this rank is; returns what another has found out, if it has."""
         self._beats += 1
-        with contextlib.suppress(RuntimeError):  # a store that is gone is found when it is needed
-            if self._store is not None:
-                self._store.set(f"{_KEY}/{self._rank}", json.dumps([self._beats, *self._place]))
+        mine = json.dumps([self._beats, *self._place])
+
+        def question(store: dist.Store) -> str:
+            store.set(f"{_KEY}/{self._rank}", mine)
+            return store.get(f"{_KEY}/hang").decode() if store.check([f"{_KEY}/hang"]) else ""
+
+        return self._ask(question) or None
 
     def _read(self) -> dict[int, list[Any]]:
         """(beats, marks, step, phase) of every rank that has published."""
-        found = {self._rank: [self._beats, *self._place]}
-        with contextlib.suppress(RuntimeError):
-            for rank in range(self._world_size):
-                if self._store is not None and rank != self._rank and self._store.check([f"{_KEY}/{rank}"]):
-                    found[rank] = json.loads(self._store.get(f"{_KEY}/{rank}"))
-        return found
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+
+        def question(store: dist.Store) -> dict[int, list[Any]]:
+            there = [rank for rank in others if store.check([f"{_KEY}/{rank}"])]
+            return {rank: json.loads(store.get(f"{_KEY}/{rank}")) for rank in there}
+
+        return self._ask(question) or {}
 
     def _find_out(self) -> str | None:
         """Who is behind, in the words of the first rank that asked; None if this rank has gone on meanwhile."""
-        marks, before = self._place.marks, self._read()
+        mine = self._place
+        if self._store is None:  # once more: it may have been slow
+            self._store = _within(self._patience_s, lambda: _connect(self._world_size))
+        before = self._read()
         self._stopped.wait(3 * self._look_s)  # in which every watchdog that lives publishes again
         after = self._read()
-        if self._place.marks != marks:
+        if self._place.marks != mine.marks:
             return None
-        silent = [
-            rank for rank, (beats, *_) in after.items() if rank != self._rank and before.get(rank, [None])[0] == beats
-        ]
-        places = [Place(*after[rank][1:]) if rank in after else None for rank in range(self._world_size)]
-        told = hang_message(places, silent, self._allowed_s())
-        with contextlib.suppress(RuntimeError):
-            if self._store is not None:
-                return self._store.compare_set(f"{_KEY}/hang", "", told).decode() or told
-        return told
-
-    def _told_by_another(self) -> str | None:
-        with contextlib.suppress(RuntimeError):
-            if self._store is not None and self._store.check([f"{_KEY}/hang"]):
-                return self._store.get(f"{_KEY}/hang").decode()
-        return None
+        if self._store is None and self._world_size > 1:  # it lives in rank 0
+            return hang_message({self._rank: mine}, {0}, self._allowed_s())
+        silent = {r for r in range(self._world_size) if r not in after or after[r][0] == before.get(r, [None])[0]}
+        places = {rank: Place(*place) for rank, (_, *place) in after.items()} | {self._rank: mine}
+        told = hang_message(places, silent - {self._rank}, self._allowed_s())
+        return self._ask(lambda store: store.compare_set(f"{_KEY}/hang", "", told).decode()) or told
 
     def _give_up(self, told: str) -> None:
         path = self._directory / f"stacks-{self._rank}.txt"
@@ -193,14 +203,30 @@ class Watchdog:
                 print(file.read(), file=sys.stderr, flush=True)  # at once: those of two ranks do not mix
         except OSError:  # a full disk
             _dump(sys.stderr, line)
-        with contextlib.suppress(RuntimeError):  # all ranks' stacks are written before the launcher ends any of them
-            if self._store is not None:
-                self._store.add(f"{_KEY}/written", 1)
-                deadline = time.monotonic() + 5 * self._look_s
-                while self._store.add(f"{_KEY}/written", 0) < self._world_size and time.monotonic() < deadline:
-                    time.sleep(self._look_s / 10)
+        self._ask(lambda store: store.add(f"{_KEY}/written", 1))
+        deadline = time.monotonic() + 5 * self._look_s  # all ranks' stacks are written before the launcher ends any
+        while (self._ask(lambda store: store.add(f"{_KEY}/written", 0)) or self._world_size) < self._world_size:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(self._look_s / 10)
         report_error(RuntimeError(f"{told}; stacks of all threads: {self._directory}/stacks-*.txt"))
+        if self._rank == 0 and self._world_size > 1:
+            time.sleep(self._look_s)  # the store lives here: the others leave first
         self._end(1)
+
+
+def _within(seconds: float, question: Callable[[], T]) -> T | None:
+    """The answer, or None if it takes longer or fails: a call to the store of a stopped process never returns."""
+    answers: list[T] = []
+
+    def wait() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(question())
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
 
 
 def _dump(file: IO[str], line: str) -> None:

@@ -52,20 +52,20 @@ def test_what_is_slow_by_nature_may_take_longer(tmp_path: Path) -> None:
 
 def test_the_rank_that_is_behind_is_named_and_not_those_that_wait() -> None:
     data, backward = Place(11, 4, "data"), Place(12, 4, "backward")
-    assert hang_message([backward, data, backward], [], 60) == (
+    assert hang_message({0: backward, 1: data, 2: backward}, set(), 60) == (
         "no progress for 60 s: rank 1 hangs in 'data' of step 4; ranks 0, 2 wait in 'backward' of step 4"
     )
-    assert hang_message([data, data], [], 60) == "no progress for 60 s: ranks 0, 1 hang in 'data' of step 4"
+    assert hang_message({0: data, 1: data}, set(), 60) == "no progress for 60 s: ranks 0, 1 hang in 'data' of step 4"
 
 
 def test_a_rank_that_has_gone_silent_is_named_first() -> None:
     """Its process is stopped: it may well have come as far as the others."""
     place = Place(12, 4, "backward")
-    assert hang_message([place, place], [1], 60) == (
+    assert hang_message({0: place, 1: place}, {1}, 60) == (
         "no progress for 60 s: rank 1 does not answer (stopped, or the machine is lost) in 'backward' of step 4; "
         "rank 0 waits in 'backward' of step 4"
     )
-    assert hang_message([None, place], [], 60) == (
+    assert hang_message({1: place}, {0}, 60) == (
         "no progress for 60 s: rank 0 does not answer (stopped, or the machine is lost); rank 1 waits in 'backward' of "
         "step 4"
     )
