@@ -107,7 +107,8 @@ class Run:
 
     # -- resume -----------------------------------------------------------------------------------------------------
     def resume(self, snapshot: Snapshot | None, groups: Callable[[], Groups]) -> None:
-        """Restores fragments and counters from a commit, if there is one."""
+        """Restores fragments and counters from a commit, if there is one, and makes room for saves."""
+        self.checkpointer.reserve(groups())
         if snapshot is None:
             return
         for complaint in snapshot.complaints:

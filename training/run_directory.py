@@ -13,7 +13,9 @@ from launch.runtime import Ranks
 from training.errors import TrainingError
 
 # A resumed run may change these; anything else would make it another run.
-CHANGEABLE = {"total_steps", "log_every_steps", "sample_every_steps", "samples", "checkpoint", "validation_shards"}
+CHANGEABLE = {
+    *("total_steps", "log_every_steps", "sample_every_steps", "samples", "checkpoint", "validation_shards", "init_from")
+}
 # Data sets are known by their fingerprints (check_stamp), not by where they lie.
 CHANGEABLE_NESTED = {"engine": {"zero_stage"}, "data": {"num_workers", "shards", "mix", "max_bad_fraction"}}
 

@@ -1,6 +1,7 @@
 """The darkroom command, except that one rank SIGKILLs itself where DARKROOM_TEST_DIE says.
 
-DARKROOM_TEST_DIE=log:6:1     rank 1, after the row of step 6 is due; saves are waited for, so that it is certain what is committed
+DARKROOM_TEST_DIE=log:6:1     rank 1, after the row of step 6 is due; saves are waited for, so that it is certain
+                              which of them are committed
 DARKROOM_TEST_DIE=upload:8:0  rank 0, while the files of the checkpoint of step 8 are being put
 DARKROOM_TEST_DIE=shard:5:1   rank 1, between the tar and the sidecar of shard 5
 """
