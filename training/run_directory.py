@@ -14,7 +14,15 @@ from training.errors import TrainingError
 
 # A resumed run may change these; anything else would make it another run.
 CHANGEABLE = {
-    *("total_steps", "log_every_steps", "sample_every_steps", "samples", "checkpoint", "validation_shards"),
+    *(
+        "total_steps",
+        "log_every_steps",
+        "sample_every_steps",
+        "samples",
+        "checkpoint",
+        "validation_shards",
+        "init_from",
+    ),
     "step_policy",
 }
 # Data sets are known by their fingerprints (check_stamp), not by where they lie.
