@@ -38,10 +38,11 @@ def test_the_run_directory_is_as_documented(whole):
         path.name for path in whole.iterdir()
     }
     assert [row["step"] for row in read_metrics(whole / "metrics.jsonl")] == list(range(1, 9))
-    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    names = [path.name for path in sorted((whole / "checkpoints").iterdir())]
+    assert names == ["attempts", "step-00000004", "step-00000008"]
     assert (whole / "samples" / "step-00000008.png").exists()
     manifest = json.loads((whole / "checkpoints" / "step-00000008" / "manifest.json").read_text())
-    assert set(manifest["meta"]["index"]) == {
+    assert set(manifest["meta"]["groups"]) == {
         *("model", "ema-0.9", "ema-0.5", "ema-power-0.10", "exp_avg", "exp_avg_sq")
     }
     assert manifest["meta"]["state"]["counters"]["micro_batches"] == 8 * 8 // 2

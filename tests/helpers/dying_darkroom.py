@@ -1,6 +1,7 @@
 """The darkroom command, except that one rank SIGKILLs itself where DARKROOM_TEST_DIE says.
 
-DARKROOM_TEST_DIE=log:6:1     rank 1, after the row of step 6 is due
+DARKROOM_TEST_DIE=log:6:1     rank 1, after the row of step 6 is due; saves are waited for, so that it is certain
+                              which of them are committed
 DARKROOM_TEST_DIE=upload:8:0  rank 0, while the files of the checkpoint of step 8 are being put
 DARKROOM_TEST_DIE=shard:5:1   rank 1, between the tar and the sidecar of shard 5
 DARKROOM_TEST_DIE=signal:3:1  nobody: rank 1 sends SIGUSR1 to the command once the row of step 3 is due
@@ -11,6 +12,7 @@ DARKROOM_TEST_DIE=count:FOLDER       nobody: all ranks count their passes of all
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from launch import cli
 from launch.runtime import ranks
@@ -18,7 +20,22 @@ from tests.helpers import fault_points
 from tests.helpers.fault_points import die
 
 
+def wait_for_saves() -> None:
+    """On every rank."""
+    from training.checkpoint import Checkpointer
+
+    save = Checkpointer.save
+
+    def save_and_wait(self: Checkpointer, *arguments: Any) -> None:
+        save(self, *arguments)
+        self.finish()
+
+    Checkpointer.save = save_and_wait  # type: ignore[method-assign]
+
+
 def arm(where: str, step: int, rank: int) -> None:
+    if where == "log":
+        wait_for_saves()
     if ranks().rank != rank:
         return
     if where in ("log", "signal"):
@@ -35,14 +52,15 @@ def arm(where: str, step: int, rank: int) -> None:
     elif where in ("upload", "shard"):
         from data.local_store import LocalStore
 
-        put = LocalStore.put_file
+        method = "put_parts" if where == "upload" else "put_file"
+        put = getattr(LocalStore, method)
 
-        def put_and_die(self: LocalStore, path: object, key: str) -> None:
-            put(self, path, key)  # type: ignore[arg-type]
+        def put_and_die(self: LocalStore, what: object, key: str) -> None:
+            put(self, what, key)
             if key.startswith(f"step-{step:08d}/") or (where == "shard" and key.endswith(f"-{step:06d}.tar")):
                 die()
 
-        LocalStore.put_file = put_and_die  # type: ignore[method-assign]
+        setattr(LocalStore, method, put_and_die)
     else:
         fault_points.die_at(where, step)
 
