@@ -122,6 +122,7 @@ class Checkpointer:
         self.failed_saves = 0  # in a row
         self.stall_s = 0.0  # for which saves have stopped the loop
         self._started: Attempt | None = None
+        self._marked = False  # that there have been commits
         self._copy = HostCopy(engine.rank, engine.world_size)
         self._owned: list[Owned | None] = [None] * engine.world_size  # as reported; kept on rank 0, one's own elsewhere
         self._pending: _Save | None = None
@@ -311,7 +312,9 @@ class Checkpointer:
         manifest = Manifest(step=save.step, attempt=save.folder, files=save.files, meta=meta)
         if not write_manifest(self.store, step_folder(save.step), manifest):
             self._judge_other(save.step, manifest)
-        mark_committed(self.store)
+        if not self._marked:
+            mark_committed(self.store)
+            self._marked = True
 
     def _judge_other(self, step: int, ours: Manifest) -> None:
         """Somebody has committed this step before us: an earlier start's commit counts if it is whole."""

@@ -197,6 +197,7 @@ class Engine:
         if self.config.zero_stage in (1, 2):
             zero.update_lp_params()
         elif self.config.zero_stage == 3:
+            zero._partition_all_parameters()  # or small ones that are gathered already would stay as they are
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
             if zero.persistent_parameters:  # small ones that every rank keeps whole
