@@ -11,6 +11,7 @@ DARKROOM_TEST_DIE=count:FOLDER       nobody: all ranks count their passes of all
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def arm(where: str, step: int, rank: int) -> None:
 
 if __name__ == "__main__":
     plan = os.environ.get("DARKROOM_TEST_DIE")
-    if plan and "RANK" in os.environ:  # the command that starts the ranks lives
+    alone = "--nproc" not in sys.argv or sys.argv[sys.argv.index("--nproc") + 1] == "1"
+    if plan and ("RANK" in os.environ or alone):  # the command that starts the ranks lives
         where, _, rest = plan.partition(":")
         if where == "count":
             fault_points.count_into(Path(rest), ranks().rank)
