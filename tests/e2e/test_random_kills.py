@@ -7,7 +7,6 @@ counted in an undisturbed run. Every other seed is killed again while it resumes
 
 import json
 import random
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from tests.helpers import tiny
 from tests.helpers.command import Result, write_recipe
 from tests.helpers.fault_points import counted
 from tests.helpers.ledger_runs import recorded
+from tests.helpers.runs import curve
 from tests.helpers.warm_ranks import darkroom
-from training.metrics import read_metrics
 
 POINTS = (
     *("step-after", "flush-before", "put-after", "manifest-before", "delete-before", "manifest-after"),
@@ -35,7 +34,6 @@ POINTS = (
 SEEDS = 26
 QUICK = 6
 STEPS = 8
-TIMES = re.compile(r"_s$|_share$")  # keys of a row that say how long something took
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,6 @@ def whole(recipes, tmp_path_factory):
 
 def train(recipe: Path, run: Path, stage: int, ranks: int, die: str = "") -> Result:
     return darkroom("train", recipe.stem, recipe, "--run", run, "--nproc", ranks, f"engine.zero_stage={stage}", die=die)
-
-
-def curve(run: Path) -> list[dict]:
-    rows = read_metrics(run / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not TIMES.search(key)} for row in rows]
 
 
 def last_commit(run: Path) -> tuple[dict[str, str], dict]:
