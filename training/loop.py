@@ -27,7 +27,8 @@ from training.checkpoint import Checkpointer, Groups, Snapshot
 from training.config import AutoencoderRecipe, DiTRecipe
 from training.engine import Engine
 from training.errors import Preempted, TrainingError
-from training.metrics import Meter, Metrics
+from training.metrics import Meter, Metrics, Parts, Reading
+from training.throughput import Pace
 
 
 def check_data(recipe: AutoencoderRecipe | DiTRecipe, engine: Engine) -> tuple[Index, ...]:
@@ -92,11 +93,12 @@ class Run:
         self.indexes = indexes
         self.counters = Counters()
         self.meter = Meter()
+        self.pace = Pace(engine.device)
+        self.parts = Parts(engine.all_ranks, engine.device)  # of a row; the stages add their checks
+        self.parts.add(self.meter, self.pace)
+        self.save_stall_s = 0.0  # since the last row: time the loop stood still for saves
         self.metrics = Metrics(directory, engine.rank, recipe.total_steps, quiet)
         self.preemption = PreemptionFlag()
-        self._started_s = 0.0  # start of the row being measured; waits that are not training move it
-        self._wait_s = 0.0
-        self._images = 0
         self._bad = 0  # on this rank, since the last row
         self._bad_shards: Counter[str] = Counter()  # bad samples of this attempt on this rank, by shard
         self._filtered: Counter[str] = Counter()  # on this rank, since the last row
@@ -151,7 +153,7 @@ class Run:
     # -- the loop ---------------------------------------------------------------------------------------------------
     def steps(self) -> Iterator[int]:
         """Numbers of the steps still to take; the body may log, draw and save after its optimiser step."""
-        self._started_s = time.perf_counter()
+        self.pace.restart()
         with self.preemption:
             while self.counters.step < self.recipe.total_steps:
                 yield self.counters.step
@@ -159,10 +161,11 @@ class Run:
 
     def micro_batches(self, loader: Iterator[Batch]) -> Iterator[Batch]:
         """The micro-batches of one optimiser step; waiting for them is measured, bad samples are recorded."""
+        self.pace.steps += 1
         for _ in range(self.engine.accumulation_steps):
             before = time.perf_counter()
             batch = next(loader)
-            self._wait_s += time.perf_counter() - before
+            self.pace.wait_s += time.perf_counter() - before
             if batch.bad:
                 self._quarantine(batch)
             self._filtered.update(batch.filtered_by)
@@ -172,7 +175,7 @@ class Run:
             images = len(batch.captions) * self.engine.world_size
             self.counters.micro_batches += self.engine.world_size
             self.counters.images_seen += images
-            self._images += images
+            self.pace.images += images
 
     def due(self, every_steps: int) -> bool:
         """Is something that happens every so many steps, and at the last one, due after this step?"""
@@ -184,16 +187,15 @@ class Run:
         """Leaves pictures and saves out of images/s."""
         before = time.perf_counter()
         yield
-        self._started_s += time.perf_counter() - before
+        self.pace.started_s += time.perf_counter() - before
 
     def log(self, **extra: float) -> None:
         """Writes a row if one is due after this step. Collective when due."""
         if not self.due(self.recipe.log_every_steps):
             return
         step, total_steps = self.counters.step + 1, self.recipe.total_steps
-        means = self.meter.read(self.engine.mean)
-        seconds = time.perf_counter() - self._started_s
-        self.counters.elapsed_s += seconds
+        reading = self.parts.read()
+        self.counters.elapsed_s += self.pace.seconds
         self.counters.bad_samples += round(self._sum_over_ranks(self._bad))
         if self.recipe.data.filters:
             self._count_filtered()
@@ -201,20 +203,21 @@ class Run:
             "step": step,
             "images_seen": self.counters.images_seen,
             "time_s": round(self.counters.elapsed_s, 3),
-            **means,
+            **reading.fields,
             **extra,
             "grad_norm": self.engine.grad_norm(),
             "skipped_steps": self.engine.skipped_steps,
             "bad_samples": self.counters.bad_samples,
             **({"filtered": self.counters.filtered} if self.counters.filtered else {}),
-            "images_per_s": self._images / seconds,
-            "data_wait_share": self._wait_s / seconds,
+            "save_stall_s": round(self.save_stall_s, 3),
             "eta_s": self.counters.elapsed_s / step * (total_steps - step),
+            **reading.complaint_fields(),
         }
         self.metrics.write(row)
         self.metrics.show(step, total_steps, row)
-        self._wait_s, self._images, self._bad, self._started_s = 0.0, 0, 0, time.perf_counter()
-        self._refuse_worthless(step, means["loss"])
+        self._bad, self.save_stall_s = 0, 0.0
+        self._complain(step, reading)
+        self._refuse_worthless(step, row["loss"])
 
     def save_if_due(self, groups: Callable[[], Groups]) -> None:
         """Commits a checkpoint of the state after this step when one is due or a signal asked for it. Collective.
@@ -275,6 +278,14 @@ class Run:
         )
         self.counters.filtered = dict(sorted(found.items()))
         self._filtered.clear()
+
+    def _complain(self, step: int, reading: Reading) -> None:
+        """Says what the run-time checks found, and stops a run that is worth nothing; the same on every rank."""
+        for line in self.parts.to_say(reading):
+            self.metrics.say(f"warning: step {step}: {line}")
+        for complaint in reading.complaints:
+            if complaint.fatal:
+                raise TrainingError(f"{complaint.message} (step {step} of {self.directory})")
 
     def _refuse_worthless(self, step: int, loss: float) -> None:
         """Stops a run that learns nothing any more: a loss that is not finite, or too many bad samples."""

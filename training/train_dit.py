@@ -19,6 +19,7 @@ from training.frozen import Frozen, check_encodings, load_frozen
 from training.hooks import sample_grid
 from training.loop import Run, check_data
 from training.optim import parameter_groups
+from training.run_checks import DiffusionChecks
 from training.run_directory import open_run_directory
 from training.schedule import learning_rate
 
@@ -60,13 +61,15 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     }
     run = Run(directory, recipe, engine, checkpointer, lambda: {"pipeline": pipeline}, indexes, quiet)
     run.resume(snapshot, groups)
+    checks = DiffusionChecks(recipe.diffusion, frozen.conditioner, dit_config, run.pace)
+    run.parts.add(*checks.parts)
 
     def draw(path: Path) -> None:
         sampler = TextToImage(frozen.autoencoder, DiT(dit_config).to(engine.device), frozen.conditioner,
                               recipe.diffusion, recipe.data.image_size)  # fmt: skip
         sample_grid(engine, ema.fragments(), sampler, recipe.samples, path)
 
-    loop(recipe, run, engine, ema, frozen, groups, draw)
+    loop(recipe, run, engine, ema, frozen, groups, draw, checks)
     finish(recipe, run, engine, ema, frozen, dit_config)
 
 
@@ -78,6 +81,7 @@ def loop(
     frozen: Frozen,
     groups: Callable[[], Groups],
     draw: Callable[[Path], None],
+    checks: DiffusionChecks,
 ) -> None:
     """Forward, backward and step."""
     loader = run.open_loader()
@@ -98,6 +102,7 @@ def loop(
                         sample_latents=recipe.latents == "sample",
                         global_batch_size=recipe.engine.global_batch_size,
                         patch_size=recipe.model.patch_size,
+                        checks=checks,
                     )
                 engine.backward(loss)  # on the last micro-batch: reduce, clip, AdamW
             run.meter.add(**scalars)

@@ -328,7 +328,8 @@ def test_a_step_on_stored_samples_is_the_step_on_pictures(text_padding: str, pla
             assert all(torch.equal(scalars[name], stored_scalars[name]) for name in scalars if "dropped" in name)
         drop = torch.rand(4, 3, generator=torch.Generator().manual_seed(int(raw.sample_numbers[0]))) < 0.3
         text = frozen.conditioner.encode(raw.captions, drop)
-        found = stored_text(frozen.conditioner, stored.encoded, drop, torch.device("cpu"))
+        features = stored_text(frozen.conditioner, stored.encoded, torch.device("cpu"))
+        found = frozen.conditioner.join(features, drop)
         torch.testing.assert_close(found.text_embeds, text.text_embeds, rtol=2**-8, atol=1e-6)
         torch.testing.assert_close(found.pooled, text.pooled, rtol=2**-8, atol=1e-6)
         assert (found.text_mask is None) == (text_padding == "attended")
