@@ -177,7 +177,8 @@ class TimesCheck:
             return []
         message = (
             f"the {int(sum(self._counts)):,} times since the start do not follow the declared density "
-            f"{describe(self.config)} (p = {p:.0e}): the sampler of t is broken, or the density is used as a weight"
+            f"{describe(self.config)} (p = {max(p, 1e-300):.0e}): the sampler of t is broken, "
+            "or the density is used as a weight"
         )
         return [Complaint(check="t", message=message)]
 

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +65,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most that this rank held: of the GPU's memory what torch's tensors took, elsewhere its resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would also count what the parent held when it made this process
+        kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(kib) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Pace:
