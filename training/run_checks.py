@@ -129,7 +129,8 @@ class TimesCheck:
         for tokens, times in self._times.items():
             self._count(counts, torch.cat(times).double(), tokens)
         place = _bins(t.double(), LOSS_BINS)
-        chosen = (place == torch.arange(LOSS_BINS, device=t.device)[:, None]) & (weights > 0)  # (LOSS_BINS, n)
+        good = (weights > 0) & torch.isfinite(losses)
+        chosen = (place == torch.arange(LOSS_BINS, device=t.device)[:, None]) & good  # (LOSS_BINS, n)
         sums = torch.where(chosen, losses.double(), 0.0).sum(1)
         found = torch.cat([counts.flatten(), sums.cpu(), chosen.sum(1).double().cpu()])
         own = fingerprints(t[None]) if len(t) >= _LEAST_TIMES else torch.zeros(1, dtype=torch.int64)
@@ -160,7 +161,7 @@ class TimesCheck:
             "t_histogram": [int(count) for count in counts[TIME_BINS:]],
             "t_declared": [round(share, 2) for share in expected[TIME_BINS:]],
             "t_p_value": p,
-            "loss_by_t": [mean if mean is None or abs(mean) < float("inf") else None for mean in means],
+            "loss_by_t": means,
         }
         return Reading(fields=fields, complaints=[*self._same(table[:, 0].tolist()), *self._deviation(p)])
 
