@@ -214,6 +214,13 @@ class Engine:
             value /= self.world_size
         return value
 
+    def all_ranks(self, values: Tensor) -> Tensor:
+        """Every rank's values (n,), one rank below the other, (world size, n), on every rank (collective)."""
+        table = values.repeat(self.world_size, 1)
+        if self.world_size > 1:
+            dist.all_gather(list(table.unbind()), values)
+        return table
+
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()
 
