@@ -76,6 +76,7 @@ class AutoencoderRecipe:
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     step_policy: StepPolicyConfig = StepPolicyConfig()
+    init_from: str | None = None  # averaged weights to start from: a run, checkpoint or artifact, local or s3://
     total_steps: int  # optimiser steps
     statistics_images: int = 2048  # pictures over which latent mean and std are measured
     log_every_steps: int = 10  # optimiser steps between rows of metrics.jsonl
@@ -115,6 +116,7 @@ class DiTRecipe:
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     step_policy: StepPolicyConfig = StepPolicyConfig()
+    init_from: str | None = None  # averaged weights to start from: a run, checkpoint or artifact, local or s3://
     samples: SamplesConfig = SamplesConfig()
     text_padding: TextPadding = "attended"  # "masked" = nobody sees the padding of captions; "attended" = as in SD3
     latents: Literal["mean", "sample"] = "sample"  # of the autoencoder's posterior

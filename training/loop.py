@@ -60,6 +60,7 @@ class Counters:
     bad_samples: int = 0  # masked over all ranks
     filtered: dict[str, int] = field(default_factory=dict)  # refused over all ranks, by the rule of data.filters
     elapsed_s: float = 0.0  # training time over all attempts
+    fallbacks: int = 0  # damaged commits that resumes passed over
 
 
 class Run:
@@ -131,6 +132,7 @@ class Run:
                 adopt(snapshot.state)
 
         self._restore = restore
+        self.checkpointer.reserve(groups())
         if snapshot is None:
             return
         for complaint in snapshot.complaints:
@@ -139,6 +141,7 @@ class Run:
         if state := snapshot.state.get("step_policy"):  # not of a run from before there was one
             self.bad_steps.policy.load(state)
         self.counters = Counters(**snapshot.state["counters"])
+        self.counters.fallbacks += snapshot.passed_over
         self._stamp = snapshot.state["data"]["stamp"]
         self._positions = dict(Cursor.from_dict(snapshot.state["data"]["cursor"]).positions)
 
@@ -258,6 +261,7 @@ class Run:
             "images_per_s": self._images / seconds,
             "data_wait_share": self._wait_s / seconds,
             "eta_s": self.counters.elapsed_s / step * (total_steps - step),
+            **self._of_saves(),
         }
         self.metrics.write(row)
         self.metrics.show(step, total_steps, row)
@@ -265,25 +269,25 @@ class Run:
         self._refuse_bad_data()
 
     def save_if_due(self, groups: Callable[[], Groups]) -> None:
-        """Commits a checkpoint of the state after this step when one is due or a signal asked for it. Collective.
+        """Saves the state after this step when that is due or a signal asked for it, beside the training. Collective.
+
+        Returns when the save is committed only at the last step and at a signal. At every logged row the ranks tell
+        each other how a save under way is.
 
         Raises:
+            TrainingError: too many saves failed in a row, or the one that must not fail.
             Preempted: a signal asked to stop, and the commit is there.
         """
         step = self.counters.step + 1
-        stop = self.due(self.recipe.log_every_steps) and self._sum_over_ranks(bool(self.preemption)) > 0
-        if not stop and (not self.due(self.recipe.checkpoint.every_steps) or self._amid_bad_steps()):
-            return
-        state = {
-            "counters": {**vars(self.counters), "step": step},
-            "adam_step": self.engine.adam_step(),
-            "step_policy": self.bad_steps.policy.state(),
-            "data": {"stamp": self._stamp, "cursor": self._cursor().to_dict()},
-            **self.describe(),
-        }
+        row = self.due(self.recipe.log_every_steps)
+        stop = row and self._sum_over_ranks(bool(self.preemption)) > 0
         with self.not_training_time("save"):
-            self._write_ledger()  # before the commit: what it counts is on record
-            self.checkpointer.save(step, groups(), state)
+            if row:
+                self.checkpointer.poll()
+            if stop or (self.due(self.recipe.checkpoint.every_steps) and not self._amid_bad_steps()):
+                self.checkpointer.save(step, groups(), self._state(step), self._write_ledger)
+            if stop or step == self.recipe.total_steps:
+                self.checkpointer.finish()
         if stop and step < self.recipe.total_steps:
             raise Preempted(f"preempted: {self.directory} is saved at step {step}; the same command resumes")
 
@@ -296,16 +300,25 @@ class Run:
         self.metrics.close()
         self.engine.close()
 
+    def _state(self, step: int) -> dict[str, Any]:
+        """What a commit says beside the tensors. Collective."""
+        return {
+            "counters": {**vars(self.counters), "step": step, "filtered": dict(self.counters.filtered)},
+            "adam_step": self.engine.adam_step(),
+            "step_policy": self.bad_steps.policy.state(),
+            "data": {"stamp": self._stamp, "cursor": self._cursor().to_dict()},
+            **self.describe(),
+        }
+
     def _write_ledger(self) -> None:
-        """An error on one rank is an error on all. Collective."""
-        error = None
-        try:
-            self._ledger.write(self.counters.micro_batches)
-        except DataError as caught:
-            error = str(caught)
-        for found in self.engine.exchange(error):
-            if found:
-                raise TrainingError(found)
+        """Before every try of a save, so that what its commit counts is on record."""
+        self._ledger.write(self.counters.micro_batches)
+
+    def _of_saves(self) -> dict[str, float]:
+        """What a row says of the saves since the last one."""
+        stall_s, self.checkpointer.stall_s = self.checkpointer.stall_s, 0.0
+        failed, fallbacks = self.checkpointer.failed_saves, self.counters.fallbacks
+        return {"save_stall_s": stall_s, "failed_saves": failed, **({"fallbacks": fallbacks} if fallbacks else {})}
 
     def _cursor(self) -> Cursor:
         """Where the data stands on all ranks: a stream is read by the rank that its number gives. Collective."""

@@ -17,16 +17,19 @@ from models.autoencoder import Autoencoder, save_autoencoder
 from models.discriminator import Discriminator
 from models.perceptual import load_perceptual
 from training.autoencoder_step import discriminator_step, generator_step
-from training.checkpoint import Checkpointer, Groups
+from training.checkpoint import Checkpointer, bring_up_to_date
+from training.checkpoint_writer import Groups
 from training.config import AutoencoderRecipe
 from training.diffusion_step import posterior_noise
 from training.ema import EMA
-from training.engine import Engine, Replica
+from training.engine import Engine
 from training.errors import TrainingError
 from training.hooks import write_grid
+from training.init_from import init_from
 from training.loop import Run, check_data
 from training.losses import psnr_db
 from training.optim import parameter_groups
+from training.replica import Replica
 from training.run_directory import open_run_directory
 from training.schedule import learning_rate
 from training.update_gate import guarded
@@ -42,6 +45,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
     indexes = check_data(recipe, engine)
+    bring_up_to_date(directory, recipe.checkpoint, engine, process.local_rank)
     refuse_encoded(indexes)
     if recipe.validation_shards:
         refuse_encoded([load_index(recipe.validation_shards)])
@@ -55,8 +59,10 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     discriminator.init_weights(recipe.seed + 1)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
-    engine.shard(autoencoder, recipe.optim)
+    engine.shard(autoencoder, recipe.optim, autoencoder.blocks)
     replica = Replica(discriminator, recipe.discriminator_optim, engine.device)
+    if recipe.init_from and snapshot is None:
+        init_from(recipe.init_from, "autoencoder", engine, directory)
     ema = EMA(recipe.ema, engine.weight_fragments())
     if perceptual is not None:
         perceptual.to(engine.device)

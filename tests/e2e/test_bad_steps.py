@@ -4,7 +4,8 @@ import json
 
 from data.ledger_check import check_ledger
 from tests.helpers import tiny
-from tests.helpers.command import darkroom, write_recipe
+from tests.helpers.command import write_recipe
+from tests.helpers.warm_ranks import darkroom
 from training.checkpoint import CheckpointConfig
 from training.metrics import read_metrics
 from training.step_policy import StepPolicyConfig

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.errors import DataError
-from data.manifest import list_commits
 from launch.runtime import ranks
-from training.checkpoint import CheckpointConfig, Checkpointer, Groups
+from training.checkpoint import CheckpointConfig, Checkpointer
 from training.ema import EMA, EMAConfig, gamma_of, power_name
 from training.engine import Engine, EngineConfig
-from training.errors import TrainingError
 from training.optim import OptimConfig, ParameterGroup, build_adamw, set_learning_rate
 
 STEPS, MICRO, GLOBAL = 5, 2, 8
@@ -104,8 +101,10 @@ def run_stage(
         norms.append(engine.grad_norm())
         ema.update(step)
     sharded = sum(f.data.numel() for f in ema.fragments().values())
-    Checkpointer(folder, CheckpointConfig(), engine).save(start + steps, groups(), {"adam_step": engine.adam_step()})
-    saved = Checkpointer(folder, CheckpointConfig(), engine).newest()
+    keeper = Checkpointer(folder, CheckpointConfig(), engine)
+    keeper.save(start + steps, groups(), {"adam_step": engine.adam_step()})
+    keeper.finish()
+    saved = keeper.newest()
     assert saved is not None
     weights, averages, expected = reference(optim)
     live = engine.all_gather(engine.weight_fragments())
@@ -121,35 +120,8 @@ def run_stage(
         "adam_step": engine.adam_step(),
         "norms": [norm / wanted - 1 for norm, wanted in zip(norms, expected[start : start + steps], strict=True)],
     }
-    if stage == 2 and source is None:
-        result["told"], result["kept"] = failing_saves(engine, groups(), folder.with_suffix(".failing"))
     engine.barrier()
     return result
-
-
-def failing_saves(engine: Engine, groups: Groups, folder: Path) -> tuple[list[list[str]], list[int]]:
-    """Saves while the store refuses: a file of rank 1, then the manifest, then, after two good saves, a deletion.
-
-    Returns what each rank was told, and the commits that are there in the end.
-    """
-    keeper = Checkpointer(folder, CheckpointConfig(keep_last=2), engine)
-    told = []
-
-    def refuse(*_: object) -> None:
-        raise DataError("the disk is full")
-
-    for step, (rank, method) in enumerate(
-        ((1, "put_file"), (0, "put_if_absent"), (-1, ""), (-1, ""), (0, "delete")), 1
-    ):
-        if rank == engine.rank:
-            setattr(keeper.store, method, refuse)
-        try:
-            keeper.save(step, groups, {})
-        except TrainingError as error:
-            told.append(str(error))
-        if rank == engine.rank:
-            delattr(keeper.store, method)
-    return engine.exchange(told), list_commits(keeper.store)
 
 
 def forget_accelerate() -> None:

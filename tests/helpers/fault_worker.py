@@ -17,9 +17,10 @@ from tests.helpers.engine_worker import build, forget_accelerate, loss_of, micro
 from training.bad_steps import BadSteps
 from training.checkpoint import CheckpointConfig, Checkpointer, Snapshot
 from training.ema import EMA, EMAConfig
-from training.engine import Engine, EngineConfig, Replica
+from training.engine import Engine, EngineConfig
 from training.errors import TrainingError
 from training.optim import OptimConfig, build_adamw
+from training.replica import Replica
 from training.step_policy import StepPolicyConfig
 from training.update_gate import guarded
 from training.watchdog import Watchdog
