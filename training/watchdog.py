@@ -190,6 +190,8 @@ class Watchdog:
         while self._silent(before, after) and time.monotonic() < deadline:
             if self._stopped.wait(self._look_s):
                 return None
+            if told := self._exchange():  # publishes: the others may be asking, too
+                return told
             after = self._read()  # every watchdog that lives will have published again
         if self._place.marks != mine.marks:
             return None
