@@ -41,13 +41,14 @@ from training.attempts import (
     refuse_superseded,
     register,
 )
-from training.checkpoint_writer import Groups, HostCopy, Job, Owned, Report, layouts_of, put_files
+from training.checkpoint_writer import Groups, HostCopy, Job, Owned, Report, drop_files, layouts_of, put_files
 from training.engine import Engine
 from training.errors import TrainingError
 from training.retention import Retention
 from training.run_mirror import RunMirror, claim, fetch_run
 from training.snapshot import Snapshot, newest_snapshot, on_all_ranks, on_rank0
 
+TIDYING_PATIENCE_S = 30.0  # for deletions, at the end; what stays then is deleted by a later start
 NAMED = 3  # errors of one save that a message quotes
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ class Checkpointer:
         self._copy = HostCopy(engine.rank, engine.world_size)
         self._owned: list[Owned | None] = [None] * engine.world_size  # as reported; kept on rank 0, one's own elsewhere
         self._pending: _Save | None = None
+        self._remains: list[str] = []  # folders of tries of which a rank could not put its files: no commit names them
         self._tidying: Job | None = None
         self._mirror: RunMirror | None = None  # where the checkpoints lie apart from the run directory
 
@@ -245,7 +247,7 @@ class Checkpointer:
                 self._write()
                 self._settle()
             if self._tidying is not None:
-                self._tidying.wait()
+                self._tidying.wait(TIDYING_PATIENCE_S)
 
     def _settle(self) -> None:
         """Waits until nothing is under way: the save is committed, or has failed once more."""
@@ -264,7 +266,10 @@ class Checkpointer:
         except DataError as caught:
             error = caught
 
+        remains, self._remains = self._remains, []
+
         def work() -> tuple[dict[str, FileEntry], Owned | None]:
+            drop_files(self.store, remains, rank)  # a full disk has no room for them and another try
             if error is not None:
                 raise error
             if self._mirror is not None:
@@ -348,6 +353,8 @@ class Checkpointer:
         if fatal:
             raise TrainingError(text.partition(": ")[2])
         self.failed_saves += 1
+        if save.phase == "write":
+            self._remains.append(f"{step_folder(save.step)}/{save.folder}/")
         save.phase, save.job, save.files = "failed", None, {}
         place, most = join(self.url, step_folder(save.step)), self.config.max_failed_saves
         if self.failed_saves >= most:

@@ -84,3 +84,9 @@ def test_a_save_that_one_rank_cannot_make_fails_on_all_and_is_made_again(results
     assert told[0] == told[1] and "step-00000002 was not committed (rank 1: the disk is full)" in told[0]
     assert "3 failures in a row, the last good one is step 1" in told[0]
     assert results["failing"]["commits"] == [1]
+
+
+def test_a_run_starts_from_the_average_of_another(results):
+    found = results["init_from"]
+    assert found["loaded"] == 3 and found["wrong"] == []
+    assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-6), "the weights that compute are these"

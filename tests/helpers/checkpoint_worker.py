@@ -22,6 +22,7 @@ from training.checkpoint_writer import Groups
 from training.ema import EMA, EMAConfig
 from training.engine import Engine, EngineConfig, Replica
 from training.errors import TrainingError
+from training.init_from import init_from
 from training.optim import OptimConfig
 
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
@@ -120,6 +121,19 @@ def load_all(stage: int, root: Path) -> dict[str, list[str]]:
     return {**differing, f"a step on under {stage}": apart}
 
 
+def initialise(root: Path) -> dict[str, Any]:
+    """From the average that rank 0 and 1 hold the halves of, under another stage, into the weights that compute."""
+    training = Training(3)
+    record = init_from(str(root / "stage-1"), "net", training.engine, root)
+    expected = load_file(root / "stage-1" / "expected.safetensors")
+    found = training.whole()
+    wrong = [name for name in record["loaded"] if not torch.equal(found[f"model/{name}"], expected[f"ema-0.9/{name}"])]
+    model, x = build(), micro_batch(0, 0)
+    model.load_state_dict({name: expected[f"ema-0.9/{name}"] for name in record["loaded"]})
+    losses = [float(loss_of(training.engine.model, x)), float(loss_of(model, x))]
+    return {"loaded": len(record["loaded"]), "wrong": wrong, "loss": losses}
+
+
 def failing(folder: Path) -> dict[str, Any]:
     """Rank 1's store refuses once, and then for good."""
     training = Training(2)
@@ -162,6 +176,7 @@ if __name__ == "__main__":
         save_while_training(stage, root / f"stage-{stage}")
     for stage in range(4):
         results |= load_all(stage, root)
+    results["init_from"] = initialise(root)
     results["failing"] = failing(root / "failing")
     if ranks().rank == 0:
         (root / "results.json").write_text(json.dumps(results))
