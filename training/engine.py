@@ -332,6 +332,9 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
             "overlap_comm": torch.cuda.is_available(),
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            "stage3_max_live_parameters": 4 * bucket,  # gathered at once
+            "stage3_max_reuse_distance": 4 * bucket,
+            "stage3_prefetch_bucket_size": bucket // 4,
             # ZeRO-3's own linear layer keeps no gathered weight for the backward pass, which recomputation need not
             # fear; it adds the bias in place, and so to what "selective" kept of the product: silently wrong.
             "memory_efficient_linear": config.activation_checkpointing == "none",
