@@ -45,7 +45,8 @@ from training.checkpoint_writer import Groups, HostCopy, Job, Owned, Report, lay
 from training.engine import Engine
 from training.errors import TrainingError
 from training.retention import Retention
-from training.snapshot import Snapshot, newest_snapshot, on_rank0
+from training.run_mirror import RunMirror, claim, fetch_run
+from training.snapshot import Snapshot, newest_snapshot, on_all_ranks, on_rank0
 
 NAMED = 3  # errors of one save that a message quotes
 
@@ -88,6 +89,18 @@ class _Save:
     files: dict[str, FileEntry] = field(default_factory=dict)  # of all ranks
 
 
+def bring_up_to_date(directory: Path, config: CheckpointConfig, engine: Engine, local_rank: int) -> None:
+    """Gives a run directory what its copy beside the checkpoints has and it has not; an empty one becomes the run's.
+
+    The first rank of every machine does it. Collective.
+
+    Raises:
+        TrainingError: the store does not answer, or the disk refuses.
+    """
+    if (url := config.url) is not None:
+        on_all_ranks(engine, lambda: None if local_rank else fetch_run(open_store(url), directory))
+
+
 class Checkpointer:
     """Saves and finds the commits of one run. All public methods are collective.
 
@@ -98,6 +111,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, engine: Engine) -> None:
+        self.directory = directory
         self.url = config.url or str(directory / "checkpoints")
         self.config = config
         self.engine = engine
@@ -112,16 +126,18 @@ class Checkpointer:
         self._owned: list[Owned | None] = [None] * engine.world_size  # as reported; kept on rank 0, one's own elsewhere
         self._pending: _Save | None = None
         self._tidying: Job | None = None
+        self._mirror: RunMirror | None = None  # where the checkpoints lie apart from the run directory
 
     # -- finding ----------------------------------------------------------------------------------------------------
     def newest(self, not_after: int | None = None) -> Snapshot | None:
         """The newest commit that verifies, or None for a run that never saved.
 
-        Newer commits are taken out of the way of those that will be made again: their manifests are kept under
-        another name.
+        At the start of an attempt damaged commits are taken out of the way of those that will be made again: their
+        manifests are kept under another name.
 
         Args:
-            not_after: roll-back: the newest commit at or before this step; None = of all, at the start of an attempt.
+            not_after: for a roll-back: of the commits at or before this step, and None if there are none. Newer ones
+                stay as they are. What is under way is waited for; a save that has failed is given up.
 
         Raises:
             TrainingError: something was saved here and nothing of it is whole, or the store does not answer.
@@ -135,16 +151,22 @@ class Checkpointer:
         if snapshot is None:
             on_rank0(self.engine, lambda: self._refuse_loss(complaints, not_after))
             return None
-        on_rank0(self.engine, lambda: self._set_aside(snapshot.step))
+        if not_after is None:
+            on_rank0(self.engine, lambda: self._set_aside(snapshot.step))
         self._retention.add_good(snapshot.step)
-        self.last_good = snapshot.step
+        self.last_good = max(snapshot.step, self.last_good or 0)
         return snapshot
 
     def _register(self) -> None:
-        if self._started is None:
-            self._started = on_rank0(self.engine, lambda: register(self.store, self.attempt))
-            config = self.config
-            self._retention = Retention(self.store, config.keep_last, config.keep_every, self._started)
+        if self._started is not None:
+            return
+        config, rank = self.config, self.engine.rank
+        if config.url:
+            on_rank0(self.engine, lambda: claim(self.store, self.directory))
+        self._started = on_rank0(self.engine, lambda: register(self.store, self.attempt))
+        self._retention = Retention(self.store, config.keep_last, config.keep_every, self._started)
+        if config.url:
+            self._mirror = RunMirror(self.store, self.directory, rank, self._started)
 
     def _refuse_loss(self, complaints: list[str], not_after: int | None) -> None:
         keys = [key for key, _ in self.store.list()]
@@ -165,6 +187,10 @@ class Checkpointer:
                 with self.store.open_range(key) as file:
                     self.store.put_bytes(file.read(), f"{step_folder(newer)}/set-aside-{self.attempt}.json")
                 self.store.delete(key)
+
+    def reserve(self, groups: Groups) -> None:
+        """Makes the host buffers of later saves, which takes as long as a save the first time."""
+        self._copy.take(groups)
 
     # -- saving -----------------------------------------------------------------------------------------------------
     def save(
@@ -240,6 +266,8 @@ class Checkpointer:
         def work() -> tuple[dict[str, FileEntry], Owned | None]:
             if error is not None:
                 raise error
+            if self._mirror is not None:
+                self._mirror.put_mine()
             owned = self._copy.owned()
             files = put_files(self.store, save.step, folder, rank, self._copy)
             return files, None if owned == self._owned[rank] else owned
@@ -276,6 +304,8 @@ class Checkpointer:
         """Puts the manifest, in the thread of rank 0."""
         assert self._started is not None
         refuse_superseded(self.store, self._started)
+        if self._mirror is not None:
+            self._mirror.put_shared()
         groups, layouts = layouts_of([owned or [] for owned in self._owned])
         meta = {"state": save.state, "groups": groups, "layouts": layouts}
         manifest = Manifest(step=save.step, attempt=save.folder, files=save.files, meta=meta)
@@ -307,7 +337,7 @@ class Checkpointer:
         self.last_good = save.step
         self._retention.add_good(save.step)
         if self.engine.rank == 0 and (self._tidying is None or self._tidying.report is not None):
-            self._tidying = Job(lambda: self._retention.tidy(save.step))
+            self._tidying = Job(lambda: self._retention.tidy(save.step, self._mirror))
 
     def _failed(self, save: _Save, errors: list[str], fatal: bool) -> None:
         more = f" and {len(errors) - NAMED} more like these" if len(errors) > NAMED else ""

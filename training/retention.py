@@ -16,6 +16,7 @@ from data.manifest import (
 from data.object_store import Store
 from training.attempts import Attempt, refuse_superseded
 from training.errors import TrainingError
+from training.run_mirror import RunMirror
 
 GOOD_COMMITS = 2  # known to be whole, that always stay
 
@@ -44,7 +45,7 @@ class Retention:
         """Takes note of a commit that is known to be whole."""
         self._good.add(step)
 
-    def tidy(self, step: int) -> None:
+    def tidy(self, step: int, mirror: RunMirror | None = None) -> None:
         """Deletes what is not to be kept once `step` is committed.
 
         What cannot be deleted stays, with a warning: the new commit is good, and the next one tries again.
@@ -53,6 +54,8 @@ class Retention:
             refuse_superseded(self._store, self._attempt)  # what a newer start has is its own
             self._prune()
             self._clean(step)
+            if mirror is not None:
+                mirror.drop_older()
             self._store.sweep(self._attempt.started_s)
         except TrainingError:
             return

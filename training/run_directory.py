@@ -13,9 +13,23 @@ from launch.runtime import Ranks
 from training.errors import TrainingError
 
 # A resumed run may change these; anything else would make it another run.
-CHANGEABLE = {"total_steps", "log_every_steps", "sample_every_steps", "samples", "checkpoint", "validation_shards"}
+CHANGEABLE = {
+    *(
+        "total_steps",
+        "log_every_steps",
+        "sample_every_steps",
+        "samples",
+        "checkpoint",
+        "validation_shards",
+        "init_from",
+    ),
+    "step_policy",
+}
 # Data sets are known by their fingerprints (check_stamp), not by where they lie.
-CHANGEABLE_NESTED = {"engine": {"zero_stage"}, "data": {"num_workers", "shards", "mix", "max_bad_fraction"}}
+CHANGEABLE_NESTED = {
+    "engine": {"zero_stage", "offload_optimizer", "activation_checkpointing", "compile", "hang_timeout_s"},
+    "data": {"num_workers", "shards", "mix", "max_bad_fraction"},
+}
 
 
 def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) -> None:

@@ -1,4 +1,6 @@
-"""The darkroom command, except that one rank SIGKILLs itself where DARKROOM_TEST_DIE says.
+"""The darkroom command, except that it meets the faults that the environment names.
+
+A rank SIGKILLs itself where DARKROOM_TEST_DIE says:
 
 DARKROOM_TEST_DIE=log:6:1     rank 1, after the row of step 6 is due; saves are waited for, so that it is certain
                               which of them are committed
@@ -7,6 +9,8 @@ DARKROOM_TEST_DIE=shard:5:1   rank 1, between the tar and the sidecar of shard 5
 DARKROOM_TEST_DIE=signal:3:1  nobody: rank 1 sends SIGUSR1 to the command once the row of step 3 is due
 DARKROOM_TEST_DIE=delete-before:3:0  rank 0, at its third pass of a point (see fault_points.py)
 DARKROOM_TEST_DIE=count:FOLDER       nobody: all ranks count their passes of all points into FOLDER
+
+DARKROOM_TEST_NAN=41,51       pictures 41 and 51 of the run, counted from 0, are NaN
 """
 
 import os
@@ -66,7 +70,26 @@ def arm(where: str, step: int, rank: int) -> None:
         fault_points.die_at(where, step)
 
 
+def poison(numbers: set[int]) -> None:
+    import torch
+
+    from data.loader import Batch
+
+    images = Batch.images
+
+    def images_and_nan(self: Batch, device: torch.device | str = "cpu") -> torch.Tensor:
+        pictures = images(self, device)
+        for row, number in enumerate(self.sample_numbers.tolist()):
+            if number in numbers:
+                pictures[row] = torch.nan
+        return pictures
+
+    Batch.images = images_and_nan  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
+    if numbers := os.environ.get("DARKROOM_TEST_NAN"):
+        poison({int(number) for number in numbers.split(",")})
     plan = os.environ.get("DARKROOM_TEST_DIE")
     alone = "--nproc" not in sys.argv or sys.argv[sys.argv.index("--nproc") + 1] == "1"
     if plan and ("RANK" in os.environ or alone):  # the command that starts the ranks lives
