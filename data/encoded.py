@@ -127,6 +127,12 @@ class EncodedBatch:
             tokens *= self.scales[name].to(device, non_blocking=True)[:, :, None]
         return tokens
 
+    def pin_memory(self) -> "EncodedBatch":
+        """The same in page-locked memory."""
+        parts = {field: getattr(self, field) for field in ("tokens", "scales", "masks", "pooled")}
+        pinned = {field: {name: part.pin_memory() for name, part in each.items()} for field, each in parts.items()}
+        return EncodedBatch(moments=self.moments.pin_memory(), **pinned)
+
 
 def bfloat16_bits(tensor: torch.Tensor) -> np.ndarray:
     """The tensor rounded to bfloat16, as uint16 on the CPU."""

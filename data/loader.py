@@ -7,20 +7,20 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from functools import partial
 from multiprocessing.synchronize import Event
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data.batch import Batch as Batch  # for those who use the loader
 from data.buckets import make_buckets
 from data.captions import CaptionConfig, choose_caption, choose_index
 from data.decode import BadImage
-from data.encoded import EncodedBatch, EncodedSample, Encoding, collate, cut_box, unpack_sample
+from data.encoded import EncodedSample, Encoding, collate, cut_box, unpack_sample
 from data.errors import DataError
 from data.index import Index, load_index
 from data.loader_config import LoaderConfig as LoaderConfig  # for those who use the loader
@@ -31,7 +31,6 @@ from data.streams import (
     ALGORITHM_VERSION,
     Cursor,
     Order,
-    Position,
     check_workers,
     micro_batches_behind,
     micro_batches_of,
@@ -42,34 +41,6 @@ from data.windows import DataSet, Item, MicroBatch, StreamReader, WindowConfig
 
 log = logging.getLogger(__name__)
 _MAX_READERS = 8  # shards that a worker reads at once
-
-
-@dataclass(kw_only=True)
-class Batch:
-    """One micro-batch of one shape: pictures, or what `darkroom encode` made of them.
-
-    A bad sample keeps its place: weight 0, a grey image, an empty caption, a line in `bad`.
-    """
-
-    pixels: Tensor  # (B, 3, H, W) uint8; (B, 3, 0, 0) if encoded
-    encoded: EncodedBatch | None = None
-    captions: list[str]
-    keys: list[str]
-    sample_numbers: Tensor  # (B,) int64: run-wide number of each sample, the key of all its randomness
-    weights: Tensor  # (B,) float32: 1, or 0 for a masked sample
-    sizes: Tensor  # (B, 2) int32: width and height of the original as displayed, px
-    crops: Tensor  # (B, 4) int32: left, top, right, bottom of what is kept of it, px
-    bad: list[dict[str, Any]]  # {"key", "shard", "sample_number", "reason"} of each masked sample
-    metas: list[dict[str, Any]]  # the sample's JSON, or {}
-    visits: Tensor  # (B,) int64: data set, epoch and sample, see data.streams.unpack_visits
-    filtered: Tensor  # (F,) int64: visits that a filter refused since the stream's last micro-batch
-    filtered_by: dict[str, int] = field(default_factory=dict)  # rule: how many of them
-    stream: int
-    positions: tuple[Position, ...]  # of the stream's window once this batch is behind; for the cursor
-
-    def images(self, device: torch.device | str = "cpu") -> Tensor:
-        """The pictures on a device, (B, 3, H, W) float32 in [-1, 1]; they travel as bytes."""
-        return to_float(self.pixels.to(device, non_blocking=True))
 
 
 class Loader:
@@ -96,6 +67,7 @@ class Loader:
             num_workers=num_workers,
             worker_init_fn=partial(_leave_signals, closing),
             multiprocessing_context=context if num_workers else None,
+            pin_memory=torch.cuda.is_available(),
         )
         try:
             for item in items:

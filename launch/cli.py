@@ -45,15 +45,17 @@ def main() -> NoReturn:
     except Exception as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise again, for each reader that ends
         from launch.checks import mistake_behind
-        from launch.runtime import other_rank_reported, report_error
+        from launch.runtime import follows_from_another, is_rank_process, report_crash, report_error
 
         mistake = mistake_behind(error) or error
         code = getattr(mistake, "exit_code", None)
         if isinstance(code, int):
             report_error(mistake)
             _leave(code)
-        if other_rank_reported():
-            _leave(1)  # a lost connection: its traceback would hide that rank's line
+        if is_rank_process():
+            if not follows_from_another(error):  # else its traceback would hide that rank's
+                report_crash(error)
+            _leave(1)
         raise
     except SystemExit as done:
         if done.code:

@@ -73,12 +73,14 @@ def diffusion_step(
     """
     device = frozen.device
     dropout = torch.tensor(frozen.conditioner.dropout)  # (E,) probability that a condition becomes the encoder's null
-    numbers = batch.sample_numbers.to(device)  # (B,)
-    weights = batch.weights.to(device)  # (B,)
+    numbers = batch.sample_numbers.to(device, non_blocking=True)  # (B,)
+    weights = batch.weights.to(device, non_blocking=True)  # (B,)
     if batch.encoded is None:
         latents = encode_images(frozen.autoencoder, batch.images(device), numbers, seed, sample_latents)  # (B, C, h, w)
     else:
-        latents = stored_latents(frozen.autoencoder, batch.encoded.moments.to(device), numbers, seed, sample_latents)
+        latents = stored_latents(
+            frozen.autoencoder, batch.encoded.moments.to(device, non_blocking=True), numbers, seed, sample_latents
+        )
     noise = prng.normal(seed, prng.NOISE, numbers, tuple(latents.shape[1:]))
     tokens = latents.shape[2] * latents.shape[3] // patch_size**2  # a micro-batch has one shape
     t = sample_t(diffusion, time_uniforms(diffusion, seed, numbers, global_batch_size), tokens)  # (B,)

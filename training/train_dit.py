@@ -46,7 +46,7 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     dit.init_weights(recipe.seed)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
-    engine.shard(dit, recipe.optim)
+    engine.shard(dit, recipe.optim, dit.blocks)
     # Stored features need the text encoders for the null condition and the sample grids alone: no GPU memory for that.
     frozen.to(engine.device, text=any(index.encoding is None for index in indexes))
     keep_frozen(frozen, directory, engine)
@@ -71,8 +71,10 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
                               recipe.diffusion, recipe.data.image_size)  # fmt: skip
         sample_grid(engine, ema.fragments(), sampler, recipe.samples, path)
 
-    loop(recipe, run, engine, ema, frozen, groups, draw)
-    finish(recipe, run, engine, ema, frozen, dit_config)
+    with run.watchdog:
+        loop(recipe, run, engine, ema, frozen, groups, draw)
+        run.watchdog.mark("finish")
+        finish(recipe, run, engine, ema, frozen, dit_config)
 
 
 def loop(
@@ -141,7 +143,7 @@ def dit_config_of(recipe: DiTRecipe, frozen: Frozen) -> DiTConfig:
 def keep_frozen(frozen: Frozen, directory: Path, engine: Engine) -> None:
     """Keeps the frozen networks in the run, so that its checkpoints need nothing else; refuses others on resume."""
     kept = directory / "frozen"
-    if engine.rank == 0:
+    if engine.rank == 0:  # each is there whole or not at all; a kill may have come between them
         if not (kept / "autoencoder").exists():
             save_autoencoder(kept / "autoencoder", frozen.autoencoder)
         if not (kept / "text_encoders").exists():

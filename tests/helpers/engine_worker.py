@@ -52,22 +52,23 @@ def rate(step: int) -> float:
     return OPTIM.learning_rate * (1 - 0.1 * step)
 
 
-def reference(optim: OptimConfig) -> tuple[dict, dict]:
-    """Weights and averages after STEPS steps of plain torch on the whole batch."""
+def reference(optim: OptimConfig) -> tuple[dict, dict, list[float]]:
+    """Weights and averages after STEPS steps of plain torch on the whole batch, and the gradients' norms."""
     model = build()
     optimizer = build_adamw(model, optim)
     averages = {d: {n: p.detach().clone() for n, p in model.named_parameters()} for d in EMAS.names}
+    norms = []
     for step in range(STEPS):
         set_learning_rate(optimizer.param_groups, rate(step))
         optimizer.zero_grad()
         loss_of(model, torch.cat([micro_batch(step, i) for i in range(GLOBAL // MICRO)])).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
         power = (1 - 1 / (step + 1)) ** (gamma_of(0.1) + 1)
         for group, decay in (("ema-0.9", 0.9), ("ema-0.5", 0.5), (power_name(0.1), power)):
             for name, parameter in model.named_parameters():
                 averages[group][name].lerp_(parameter.detach(), 1 - decay)
-    return {n: p.detach() for n, p in model.named_parameters()}, averages
+    return {n: p.detach() for n, p in model.named_parameters()}, averages, norms
 
 
 def run_stage(
@@ -90,12 +91,14 @@ def run_stage(
         snapshot.restore(groups())
         engine.refresh_weights()
         engine.set_adam_step(snapshot.state["adam_step"])
+    norms = []
     for step in range(start, start + steps):
         engine.set_learning_rate(rate(step))
         for accumulation in range(engine.accumulation_steps):
             with engine.accumulate():
                 number = accumulation * process.world_size + process.rank
                 engine.backward(loss_of(engine.model, micro_batch(step, number)))
+        norms.append(engine.grad_norm())
         ema.update(step)
     sharded = sum(f.data.numel() for f in ema.fragments().values())
     keeper = Checkpointer(folder, CheckpointConfig(), engine)
@@ -103,7 +106,7 @@ def run_stage(
     keeper.finish()
     saved = keeper.newest()
     assert saved is not None
-    weights, averages = reference(optim)
+    weights, averages, expected = reference(optim)
     live = engine.all_gather(engine.weight_fragments())
     result = {
         "weights": max(float((saved.tensor("model", n) - w).abs().max()) for n, w in weights.items()),
@@ -115,6 +118,7 @@ def run_stage(
         ),
         "ema_elements_on_this_rank": sharded,
         "adam_step": engine.adam_step(),
+        "norms": [norm / wanted - 1 for norm, wanted in zip(norms, expected[start : start + steps], strict=True)],
     }
     engine.barrier()
     return result

@@ -18,6 +18,7 @@ from PIL import Image
 
 from data.buckets import BucketConfig
 from data.captions import CaptionConfig, CaptionSource
+from data.encoded import EncodedBatch
 from data.errors import DataError
 from data.filters import FilterRule
 from data.loader import Batch, LoaderConfig, MixConfig, build_loader, check_stamp, iterate_once
@@ -235,6 +236,7 @@ def test_what_is_damaged_is_reported_and_not_filtered_out(shards: str) -> None:
 
 KILLED_READER = """
 import itertools, multiprocessing, os, signal, sys
+from data.encoded import EncodedBatch
 from data.loader import LoaderConfig, build_loader
 config = LoaderConfig(shards=sys.argv[1], image_size=8, num_streams=4, num_workers=2)
 batches = iter(build_loader(config, seed=5, micro_batch_size=3, rank=0, world_size=1))
@@ -316,3 +318,31 @@ def test_iterate_once(shards: str, caplog: pytest.LogCaptureFixture) -> None:
     assert found[0][1].shape == (3, 8, 8) and found[3][2] == "caption 3"
     assert [reason in caplog.text for reason in BAD.values()] == [True, True]
     assert len(list(iterate_once(shards, 8, limit=5))) == 5 and not list(iterate_once(shards, 8, limit=0))
+
+
+def test_every_tensor_of_a_batch_is_pinned(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU nothing can be page-locked; a copy stands in and shows that no tensor was forgotten or mixed up."""
+    batch = next(
+        iter(build_loader(LoaderConfig(shards=shards, **PLAIN), seed=0, micro_batch_size=3, rank=0, world_size=1))
+    )
+    numbers = torch.arange(12.0)
+    batch.encoded = EncodedBatch(
+        moments=numbers, tokens={"a": numbers + 1}, scales={}, masks={"a": numbers > 3}, pooled={"a": numbers + 2}
+    )
+    before = vars(batch) | vars(batch.encoded)
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: seen.append(tensor) or tensor.clone())
+    pinned = batch.pin_memory()
+    after = vars(pinned) | vars(pinned.encoded)
+    assert before.keys() == after.keys()
+    tensors = [name for name, value in before.items() if isinstance(value, torch.Tensor)]
+    assert len(seen) == len(tensors) + 3
+    for name, value in before.items():
+        if name == "encoded":
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, after[name]) and value.data_ptr() != after[name].data_ptr() or not value.numel()
+        elif isinstance(value, dict) and name in ("tokens", "masks", "pooled"):
+            assert torch.equal(value["a"], after[name]["a"]) and value["a"].data_ptr() != after[name]["a"].data_ptr()
+        else:
+            assert value == after[name]
