@@ -20,10 +20,11 @@ from tests.helpers.engine_worker import build, forget_accelerate, loss_of, micro
 from training.checkpoint import CheckpointConfig, Checkpointer
 from training.checkpoint_writer import Groups
 from training.ema import EMA, EMAConfig
-from training.engine import Engine, EngineConfig, Replica
+from training.engine import Engine, EngineConfig
 from training.errors import TrainingError
 from training.init_from import init_from
 from training.optim import OptimConfig
+from training.replica import Replica
 
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
 MICRO, GLOBAL = 2, 8
