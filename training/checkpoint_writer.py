@@ -15,8 +15,8 @@ from data.commit import Layout, file_key, tensor_file_header
 from data.errors import DataError
 from data.manifest import FileEntry, step_folder
 from data.object_store import Store
-from training.engine import Fragment
 from training.errors import TrainingError
+from training.fragments import Fragment
 
 Groups = dict[str, dict[str, Fragment]]
 Pieces = dict[str, tuple[tuple[int, ...], int, int]]  # name to shape, first element and number of elements
