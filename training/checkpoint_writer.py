@@ -4,6 +4,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,15 @@ def put_files(store: Store, step: int, attempt: str, rank: int, copy: HostCopy) 
     return files
 
 
+def drop_files(store: Store, folders: list[str], rank: int) -> None:
+    """Deletes what this rank has put into folders that will not be committed; what cannot be deleted stays."""
+    with suppress(DataError):
+        for folder in folders:
+            for key, _ in store.list(folder):
+                if key.endswith(f"-{rank:05d}.safetensors"):
+                    store.delete(key)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """How a job ended."""
@@ -179,8 +189,8 @@ class Job:
         """How it ended; None while it runs."""
         return self._report
 
-    def wait(self) -> None:
-        self._thread.join()
+    def wait(self, patience_s: float | None = None) -> None:
+        self._thread.join(patience_s)
 
     def _run(self) -> None:
         try:

@@ -197,6 +197,7 @@ class Engine:
         if self.config.zero_stage in (1, 2):
             zero.update_lp_params()
         elif self.config.zero_stage == 3:
+            zero._partition_all_parameters()  # or small ones that are gathered already would stay as they are
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
             if zero.persistent_parameters:  # small ones that every rank keeps whole
@@ -212,6 +213,13 @@ class Engine:
             dist.all_reduce(value)
             value /= self.world_size
         return value
+
+    def all_ranks(self, values: Tensor) -> Tensor:
+        """Every rank's values (n,), one rank below the other, (world size, n), on every rank (collective)."""
+        table = values.repeat(self.world_size, 1)
+        if self.world_size > 1:
+            dist.all_gather(list(table.unbind()), values)
+        return table
 
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()
@@ -324,6 +332,9 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
             "overlap_comm": torch.cuda.is_available(),
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            "stage3_max_live_parameters": 4 * bucket,  # gathered at once
+            "stage3_max_reuse_distance": 4 * bucket,
+            "stage3_prefetch_bucket_size": bucket // 4,
             # ZeRO-3's own linear layer keeps no gathered weight for the backward pass, which recomputation need not
             # fear; it adds the bias in place, and so to what "selective" kept of the product: silently wrong.
             "memory_efficient_linear": config.activation_checkpointing == "none",

@@ -21,6 +21,7 @@ from training.hooks import sample_grid
 from training.init_from import init_from
 from training.loop import Run, check_data
 from training.optim import parameter_groups
+from training.run_checks import DiffusionChecks
 from training.run_directory import open_run_directory
 from training.schedule import learning_rate
 
@@ -65,6 +66,8 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     }
     run = Run(directory, recipe, engine, checkpointer, lambda: {"pipeline": pipeline}, indexes, quiet)
     run.resume(snapshot, groups)
+    checks = DiffusionChecks(recipe.diffusion, frozen.conditioner, dit_config, run.pace)
+    run.parts.add(*checks.parts)
 
     def draw(path: Path) -> None:
         sampler = TextToImage(frozen.autoencoder, DiT(dit_config).to(engine.device), frozen.conditioner,
@@ -72,7 +75,7 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
         sample_grid(engine, ema.fragments(), sampler, recipe.samples, path)
 
     with run.watchdog:
-        loop(recipe, run, engine, ema, frozen, groups, draw)
+        loop(recipe, run, engine, ema, frozen, groups, draw, checks)
         run.watchdog.mark("finish")
         finish(recipe, run, engine, ema, frozen, dit_config)
 
@@ -85,6 +88,7 @@ def loop(
     frozen: Frozen,
     groups: Callable[[], Groups],
     draw: Callable[[Path], None],
+    checks: DiffusionChecks,
 ) -> None:
     """Forward, backward and step."""
     loader = run.open_loader()
@@ -105,6 +109,7 @@ def loop(
                         sample_latents=recipe.latents == "sample",
                         global_batch_size=recipe.engine.global_batch_size,
                         patch_size=recipe.model.patch_size,
+                        checks=checks,
                     )
                 engine.backward(loss)  # on the last micro-batch: reduce, clip, AdamW
             run.meter.add(**scalars)

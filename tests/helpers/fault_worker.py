@@ -62,9 +62,9 @@ def faulty(loss: torch.Tensor, fault: str) -> torch.Tensor:
 class Trainer:
     """An engine, its averages and its bad steps; the loop of training.loop without files and data."""
 
-    def __init__(self, folder: Path, stage: int, precision: str) -> None:
+    def __init__(self, folder: Path, stage: int, precision: str, offload: bool) -> None:
         config = EngineConfig(zero_stage=stage, precision=precision, micro_batch_size=MICRO, global_batch_size=GLOBAL,
-                              max_grad_norm=CLIP)  # fmt: skip
+                              max_grad_norm=CLIP, offload_optimizer=offload)  # fmt: skip
         self.engine = Engine(config, ranks().world_size)
         self.engine.shard(build(), OPTIM)
         self.ema = EMA(EMAS, self.engine.weight_fragments())
@@ -130,9 +130,9 @@ def distance(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     return max(float((mine[name] - theirs[name]).abs().max()) for name in theirs)
 
 
-def run_stage(stage: int, precision: str, folder: Path) -> dict[str, Any]:
+def run_stage(stage: int, precision: str, folder: Path, offload: bool = False) -> dict[str, Any]:
     """A whole run with all faults; then the same from its commit on."""
-    first = Trainer(folder, stage, precision)
+    first = Trainer(folder, stage, precision, offload)
     moved = []
     for step in range(LOOK):
         before = first.weights()
@@ -164,7 +164,7 @@ def run_stage(stage: int, precision: str, folder: Path) -> dict[str, Any]:
     )
     forget_accelerate()
 
-    again = Trainer(folder, stage, precision)
+    again = Trainer(folder, stage, precision, offload)
     snapshot = again.keeper.newest()
     assert snapshot is not None and snapshot.step == COMMIT
     again.restore(snapshot)
@@ -234,6 +234,9 @@ if __name__ == "__main__":
     found: dict[str, Any] = {
         f"{stage} {precision}": run_stage(stage, precision, root / f"{stage}-{precision}") for stage, precision in cases
     }
+    for stage, precision in ((2, "bfloat16"), (3, "float32")):
+        case = f"{stage} {precision} offload"
+        found[case] = run_stage(stage, precision, root / case.replace(" ", "-"), offload=True)
     found["replica"] = run_replica()
     if ranks().rank == 0:
         (root / "results.json").write_text(json.dumps(found))

@@ -12,13 +12,18 @@ from data.manifest import read_manifest
 from data.object_store import open_store
 from training.metrics import read_metrics
 
-TIMES = re.compile(r"_s$|_share$")  # keys of a row that say how long something took
+TIMES = re.compile(r"_s$|_share$|^mfu$|^peak_memory_gib$")  # keys of a row that measure the machine
+# Those that count from the start of an attempt (docs/run_directory.md).
+OF_THE_ATTEMPT = {"noise_compared", "latent_channel_mean", "latent_channel_std", "t_p_value", "drop_rates", "captions"}
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl but for what was timed."""
+    """The rows of metrics.jsonl but for what the machine or the kills have a part in."""
     rows = read_metrics(run / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not TIMES.search(key)} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not TIMES.search(key) and key not in OF_THE_ATTEMPT}
+        for row in rows
+    ]
 
 
 def tensors(run: Path, step: int) -> dict[str, dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -330,6 +331,49 @@ def test_a_full_or_read_only_disk_leaves_no_half_file(tmp_path: Path, monkeypatc
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     store.put_parts([b"a", memoryview(b"b")], "x/y")
     assert (tmp_path / "x" / "y").read_bytes() == b"ab"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("may not mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_save_onto_a_full_disk_is_made_once_there_is_room(small_disk: Path) -> None:
+    """A megabyte and a half of weights onto two that somebody else has filled by half."""
+    weights = {f"w{number}": torch.full((1 << 17,), float(number)) for number in range(3)}  # rank 0's lies in one file
+    hog = small_disk / "hog"
+    hog.write_bytes(b"x" * (1 << 20))
+
+    def work(engine: Any) -> str:
+        keeper = Checkpointer(small_disk, CheckpointConfig(max_failed_saves=2), engine)
+        keeper.newest()
+        keeper.save(10, {"model": whole(weights)}, {})
+        keeper._settle()
+        assert keeper.failed_saves == 1 and not list(small_disk.rglob(".tmp-*"))
+        engine.exchange(None)
+        if engine.rank == 0:
+            hog.unlink()
+        engine.exchange(None)
+        keeper.finish()
+        hog.write_bytes(b"x" * (1 << 18))
+        keeper.save(20, {"model": whole(weights)}, {})
+        with pytest.raises(TrainingError) as caught:
+            keeper.finish()
+        return str(caught.value)
+
+    told = on_ranks(2, work)
+    assert "No space left on device; check the path, the rights and the free space" in told[0]
+    assert "2 failures in a row, the last good one is step 10" in told[0]
+    assert find(small_disk / "checkpoints") == (10, [], 0)
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
