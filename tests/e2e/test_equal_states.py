@@ -25,7 +25,6 @@ def recipe(world, tmp_path_factory):
     changed = tiny.dit_recipe(
         world.data,
         world.autoencoder,
-        text_encoders=tiny.ENCODERS[:1],
         total_steps=STEPS,
         optim=OptimConfig(learning_rate=1e-3, weight_decay=0.01, eps=1e-5),
         schedule=ScheduleConfig(kind="cosine", warmup_steps=2),
@@ -68,7 +67,8 @@ def agree(run, whole):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         exact = ("step", "images_seen", "lr", "bad_samples", "skipped_steps")
         assert {key: mine[key] for key in exact} == {key: theirs[key] for key in exact}
-        assert mine["dropped_clip_a"] == pytest.approx(theirs["dropped_clip_a"], rel=2e-6)
+        means = ("latent_std", "dropped_clip_a", "dropped_clip_b", "dropped_t5", "grad_norm")
+        assert {key: mine[key] for key in means} == pytest.approx({key: theirs[key] for key in means}, rel=2e-6)
     far = distance(tensors(run, STEPS), tensors(whole, STEPS))
     assert set(far) == {"model", "ema-0.9", "ema-0.5", "ema-power-0.10", "exp_avg", "exp_avg_sq"}
     assert max(far.values()) < 5e-6
@@ -85,7 +85,12 @@ def agree(run, whole):
 
 @pytest.mark.parametrize(
     "ranks, stage",
-    [(1, 0), (4, 3), *(pytest.param(*case, marks=pytest.mark.all) for case in ((2, 0), (2, 1), (2, 3), (3, 2)))],
+    [
+        (1, 0),
+        (2, 1),
+        (4, 3),
+        *(pytest.param(*case, marks=pytest.mark.all) for case in ((1, 3), (2, 0), (2, 3), (3, 2))),
+    ],
 )
 def test_spread_otherwise_from_the_start(recipe, whole, ranks, stage):
     run = recipe.with_name(f"ranks-{ranks}-stage-{stage}")
