@@ -111,6 +111,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(world, whole):
     assert result.code == 0, result.err
     assert "exp_avg-00001.safetensors" in result.err and "falling back to step 4" in result.err
     assert curve(run) == curve(whole)
+    assert [row.get("fallbacks") for row in read_metrics(run / "metrics.jsonl")] == [None] * 4 + [1] * 4
 
 
 def test_nothing_left_to_resume_is_refused(world, whole):
@@ -204,6 +205,7 @@ def test_saves_that_fail_stop_the_run_after_as_many_as_allowed(world, tmp_path):
         assert failed.code == 2 and len(failed.error_lines) == 1, failed.err
         assert "No space left on device" in failed.err and "none was committed yet" in failed.error_lines[0]
         assert not list(small.glob("step-*/manifest.json"))
-        assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] >= 6, "two failures did not stop it"
+        rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert rows[-1]["step"] >= 6 and rows[-1]["failed_saves"] >= 1, "one failure or two do not stop it"
     finally:
         subprocess.run(["umount", str(small)], check=True)
