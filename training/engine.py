@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from training.blocks import ActivationCheckpointing, wrap_blocks
 from training.errors import TrainingError
 from training.fragments import Fragment as Fragment  # for those who use the engine
-from training.fragments import gather as gather
-from training.fragments import scatter as scatter
 from training.optim import OptimConfig, build_adamw, fresh_state, set_learning_rate
 from training.update_gate import ask_before_updates, guarded, not_finite
 
@@ -202,10 +200,6 @@ class Engine:
                 zero._reassign_or_swap_out_partitioned_parameters(group)
             if zero.persistent_parameters:  # small ones that every rank keeps whole
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
-    def all_gather(self, fragments: dict[str, Fragment]) -> dict[str, Tensor]:
-        """Whole tensors on every rank (collective)."""
-        return {name: gather(fragment) for name, fragment in fragments.items()}
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over ranks, in place (collective)."""

@@ -24,6 +24,7 @@ from training.diffusion_step import posterior_noise
 from training.ema import EMA
 from training.engine import Engine
 from training.errors import TrainingError
+from training.fragments import gather_into
 from training.hooks import write_grid
 from training.init_from import init_from
 from training.loop import Run, check_data
@@ -79,7 +80,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
 
     def averaged() -> Autoencoder:
         copy = Autoencoder(recipe.model).to(engine.device)
-        copy.load_state_dict(engine.all_gather(ema.fragments()), strict=False)
+        gather_into(copy, ema.fragments())
         return copy.eval().requires_grad_(False)
 
     with run.watchdog:

@@ -16,6 +16,7 @@ from training.diffusion_step import diffusion_step
 from training.ema import EMA
 from training.engine import Engine
 from training.errors import TrainingError
+from training.fragments import gather_into
 from training.frozen import Frozen, check_encodings, load_frozen
 from training.hooks import sample_grid
 from training.init_from import init_from
@@ -168,11 +169,10 @@ def keep_frozen(frozen: Frozen, directory: Path, engine: Engine) -> None:
 
 def finish(recipe: DiTRecipe, run: Run, engine: Engine, ema: EMA, frozen: Frozen, dit_config: DiTConfig) -> None:
     """Writes the artifact from the first average and leaves the process group."""
-    tensors = engine.all_gather(ema.fragments())
     folder = run.directory / "artifact"
-    if engine.rank == 0 and not folder.exists():
-        dit = DiT(dit_config)
-        dit.load_state_dict({name: tensor.cpu() for name, tensor in tensors.items()})
+    dit = DiT(dit_config) if engine.rank == 0 and not folder.exists() else None
+    gather_into(dit, ema.fragments())
+    if dit is not None:
         TextToImage(
             frozen.autoencoder.cpu(), dit, frozen.conditioner.cpu(), recipe.diffusion, recipe.data.image_size
         ).save(folder)

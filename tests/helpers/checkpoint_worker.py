@@ -17,6 +17,7 @@ from data.errors import DataError
 from data.manifest import list_commits
 from launch.runtime import ranks
 from tests.helpers.engine_worker import build, forget_accelerate, loss_of, micro_batch
+from tests.helpers.runs import gathered
 from training.checkpoint import CheckpointConfig, Checkpointer
 from training.checkpoint_writer import Groups
 from training.ema import EMA, EMAConfig
@@ -70,7 +71,7 @@ class Training:
         return {
             f"{group}/{name}": tensor.detach().clone().contiguous()
             for group, fragments in self.groups().items()
-            for name, tensor in self.engine.all_gather(fragments).items()
+            for name, tensor in gathered(fragments).items()
         }
 
 

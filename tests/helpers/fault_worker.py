@@ -14,6 +14,7 @@ from torch import nn
 
 from launch.runtime import ranks
 from tests.helpers.engine_worker import build, forget_accelerate, loss_of, micro_batch
+from tests.helpers.runs import gathered
 from training.bad_steps import BadSteps
 from training.checkpoint import CheckpointConfig, Checkpointer, Snapshot
 from training.ema import EMA, EMAConfig
@@ -83,7 +84,7 @@ class Trainer:
         self.engine.set_adam_step(snapshot.state["adam_step"])
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: t.clone() for name, t in self.engine.all_gather(self.engine.weight_fragments()).items()}
+        return {name: t.clone() for name, t in gathered(self.engine.weight_fragments()).items()}
 
     def step(self, step: int) -> None:
         if self.bad_steps.policy.gives_up:
@@ -143,7 +144,7 @@ def run_stage(stage: int, precision: str, folder: Path, offload: bool = False) -
     mine = first.weights()
     result: dict[str, Any] = {
         "weights": distance(mine, weights),
-        "ema": distance(first.engine.all_gather(first.ema.fragments()), average),
+        "ema": distance(gathered(first.ema.fragments()), average),
         "adam_step": first.engine.adam_step(),
         "unmoved": [step for step, has in moved if not has],
         "bad": [step for step, bad in enumerate(first.verdicts) if bad],

@@ -10,6 +10,7 @@ from torch import Tensor
 from data.commit import Commit
 from data.manifest import read_manifest
 from data.object_store import open_store
+from training.fragments import Fragment, gather
 from training.metrics import read_metrics
 
 TIMES = re.compile(r"_s$|_share$|^mfu$|^peak_memory_gib$")  # keys of a row that measure the machine
@@ -48,3 +49,8 @@ def distance(mine: dict[str, dict[str, Tensor]], theirs: dict[str, dict[str, Ten
         )
         for group, found in theirs.items()
     }
+
+
+def gathered(fragments: dict[str, Fragment]) -> dict[str, Tensor]:
+    """Whole tensors on every rank (collective)."""
+    return {name: gather(fragment) for name, fragment in fragments.items()}

@@ -10,8 +10,9 @@ from torch import nn
 from tests.helpers import tiny
 from training.autoencoder_step import generator_step, last_layer_norm
 from training.checkpoint import CheckpointConfig
-from training.engine import EngineConfig, Fragment, scatter
+from training.engine import EngineConfig, Fragment
 from training.errors import TrainingError
+from training.fragments import scatter
 from training.losses import (
     AutoencoderLossConfig,
     adaptive_weight,
