@@ -8,6 +8,11 @@ per second of CPU time.
 engine at stage 1 against DistributedDataParallel with torch's clipping and AdamW; asserted: the weights agree to 1e-5
 after a step. The rate is samples per second of wall time.
 
+`stall`: how long saving 54 M parameters with their moments and one average (869 MB) stops the loop of two ranks at
+stage 1 while the save goes on beside training, all of save and poll, against a save that is waited for, on the same
+disk; asserted: both commit the weights, moments and averages as they were when the save began, to the bit. Milliseconds
+of wall time per save.
+
 `selective`, `full`: forward and backward of this DiT with recomputed activations against without; asserted: the
 gradients are the same bits. The rate is samples per second of CPU time. `selective-memory`, `full-memory`: how far the
 highest resident memory in such a step is above that before it.
@@ -17,7 +22,7 @@ highest resident memory in such a step is above that before it.
 grows from before the model is made to its highest point in a step: weights, gradients, masters, moments and the
 average, and with them DeepSpeed's buckets (16 MB each) and copies. Activations are nothing: one sample of one picture
 token and one text token. A tiny model was trained before, so that code, gloo's buffers and the like are not counted,
-and malloc gives back what is freed (MALLOC_MMAP_THRESHOLD_).
+and malloc is told to give back what is freed.
 """
 
 import argparse
@@ -84,7 +89,9 @@ def ema(name: str, rounds: int) -> Row:
 def on_ranks(number: int, name: str, rounds: int) -> Any:
     """What benchmarks/trainer_ranks.py measures on so many ranks of this machine."""
     root = Path(__file__).resolve().parents[1]
-    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    if "memory" in name:
+        env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # bytes from which memory goes back to the system when it is freed
     with tempfile.TemporaryDirectory(prefix="darkroom-trainer-") as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.trainer_ranks", name, str(rounds), str(file)]
@@ -103,12 +110,12 @@ def memory(name: str, rounds: int) -> Row:
     return row_of(name, statistics.median(peaks) / 1e6, formula / 1e6, "MB per rank", ratios, ENGINE)
 
 
-def recompute_memory(name: str, rounds: int) -> Row:
-    """Peaks of a step with and without recomputation."""
-    peaks = on_ranks(1, name, rounds)
-    ratios = [peer / ours for ours, peer in zip(peaks["ours"], peaks["peer"], strict=True)]
-    ours, peer = (statistics.median(peaks[side]) / 1e6 for side in ("ours", "peer"))
-    return row_of(name, ours, peer, "MB", ratios, ("torch",))
+def costs(name: str, rounds: int, ranks: int, scale: float, unit: str) -> Row:
+    """A row of costs, of which less is better."""
+    found = on_ranks(ranks, name, rounds)
+    ratios = [peer / ours for ours, peer in zip(found["ours"], found["peer"], strict=True)]
+    ours, peer = (scale * statistics.median(found[side]) for side in ("ours", "peer"))
+    return row_of(name, ours, peer, unit, ratios, ("torch",))
 
 
 def row_of(name: str, ours: float, peer: float, unit: str, ratios: Sequence[float], packages: Sequence[str]) -> Row:
@@ -137,11 +144,13 @@ def benchmark(arguments: argparse.Namespace) -> list[Row]:
         elif name in MEMORY:
             rows.append(memory(name, arguments.rounds))
         elif name.endswith("-memory"):
-            rows.append(recompute_memory(name, arguments.rounds))
+            rows.append(costs(name, arguments.rounds, 1, 1e-6, "MB"))
+        elif name == "stall":
+            rows.append(costs(name, arguments.rounds, 2, 1e3, "ms per save"))
         else:
             rows.append(Row(**on_ranks(2 if name == "zero1" else 1, name, arguments.rounds)))
     return rows
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", benchmark, (*EMAS, "zero1", *RECOMPUTE, *MEMORY))
+    main(__doc__ or "", benchmark, (*EMAS, "zero1", "stall", *RECOMPUTE, *MEMORY))

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from benchmarks.common import compare
 from launch.runtime import ranks
 from models.dit import DiT, DiTConfig
 from training.blocks import ActivationCheckpointing, wrap_blocks
+from training.checkpoint import CheckpointConfig, Checkpointer, Groups
 from training.ema import EMA, EMAConfig
 from training.engine import Engine, EngineConfig
 from training.optim import OptimConfig, build_adamw
@@ -25,6 +27,7 @@ from training.optim import OptimConfig, build_adamw
 OPTIM = OptimConfig(learning_rate=1e-4, weight_decay=0.01, fused=True)
 CLIP = 0.5
 TEXT_DIM, POOLED_DIM = 64, 32
+POLL_EVERY = 3  # steps
 
 
 def make_dit(depth: int, width: int) -> DiT:
@@ -111,6 +114,58 @@ def zero1(rounds: int) -> dict[str, Any]:
     return asdict(row)
 
 
+def stall(rounds: int) -> dict[str, Any]:
+    """Seconds per save: for which a background save stopped the loop, and of a save that is waited for."""
+    engine = engine_of(1, 1)
+    dit = make_dit(6, 512)
+    engine.shard(dit, OPTIM, dit.blocks)
+    batch = make_batch(1, 16, 8, seed=1 + ranks().rank)
+    ema = EMA(EMAConfig(decays=(0.999,)), engine.weight_fragments())
+
+    def step() -> None:
+        with engine.accumulate():
+            engine.backward(loss_of(engine.model, batch))
+
+    def groups() -> Groups:
+        return {"model": engine.weight_fragments(), **ema.groups(), **engine.moment_fragments()}
+
+    def live() -> dict[str, dict[str, Tensor]]:
+        return {group: engine.all_gather(fragments) for group, fragments in groups().items()}
+
+    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    with tempfile.TemporaryDirectory(prefix="darkroom-stall-") as mine:
+        keeper = Checkpointer(Path(engine.from_rank0(mine)), CheckpointConfig(keep_last=2), engine)
+        assert keeper.newest() is None
+        step()
+        keeper.reserve(groups())
+        for number in range(2 * rounds + 2):  # two of them only warm up
+            step()
+            wanted = live() if number < 2 else {}
+            before, start = keeper.stall_s, time.perf_counter()
+            keeper.save(number, groups(), {})
+            if number % 2:
+                keeper.finish()
+                spent = time.perf_counter() - start
+            else:
+                while keeper.last_good != number:
+                    for _ in range(POLL_EVERY):  # training goes on
+                        step()
+                    keeper.poll()
+                spent = keeper.stall_s - before
+            if number < 2:
+                saved = keeper.newest()
+                assert saved is not None and saved.step == number
+                assert all(
+                    torch.equal(saved.tensor(group, name), tensor)
+                    for group, tensors in wanted.items()
+                    for name, tensor in tensors.items()
+                )
+            else:
+                seconds["peer" if number % 2 else "ours"].append(spent)
+        dist.barrier()
+    return seconds
+
+
 def recomputing(mode: ActivationCheckpointing) -> tuple[Callable[[], int], DiT]:
     """One forward and backward of a DiT of 31 M parameters, and the DiT."""
     dit = make_dit(6, 384)
@@ -195,6 +250,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if name == "zero1":
         result = zero1(rounds)
+    elif name == "stall":
+        result = stall(rounds)
     elif name.startswith("memory-"):
         result = memory(int(name[-1]), rounds)
     else:
