@@ -1,8 +1,8 @@
 """The trainer's own costs: averages, the engine beside DistributedDataParallel, recomputation, memory by ZeRO stage.
 
 `ema`, `ema-foreach`: one update of an average of 113 M parameters against diffusers' EMAModel, plain and with its
-`foreach`; asserted: the averages agree to 1e-6 after three updates in the warm-up that both have. The rate is updates per
-second of CPU time.
+`foreach`; asserted: the averages agree to 1e-6 after three updates in the warm-up that both have. The rate is updates
+per second of CPU time.
 
 `zero1`: steps of a DiT of 31 M parameters (256 picture and 77 text tokens, 8 samples per rank) on two gloo ranks, the
 engine at stage 1 against DistributedDataParallel with torch's clipping and AdamW; asserted: the weights agree to 1e-5

@@ -79,7 +79,7 @@ def engine_of(stage: int, batch_size: int) -> Engine:
 
 
 def zero1(rounds: int) -> dict[str, Any]:
-    """A row: samples per second of the engine at stage 1 and of DistributedDataParallel, with the same weights after."""
+    """A row: samples per second of the engine at stage 1 and of DistributedDataParallel, which get the same weights."""
     depth, width, size, side, text_tokens = 6, 384, 8, 32, 77
     engine = engine_of(1, size)
     dit = make_dit(depth, width)

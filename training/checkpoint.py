@@ -13,7 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from data.manifest import (
     write_manifest,
 )
 from data.object_store import join, open_store
+from launch.checks import checkpoints_of
+from launch.errors import ConfigError
 from training.attempts import (
     FOLDER,
     Attempt,
@@ -45,7 +47,7 @@ from training.checkpoint_writer import Groups, HostCopy, Job, Owned, Report, dro
 from training.engine import Engine
 from training.errors import TrainingError
 from training.retention import Retention
-from training.run_mirror import RunMirror, claim, fetch_run
+from training.run_mirror import RUN_YAML, RunMirror, claim, fetch_run
 from training.snapshot import Snapshot, newest_snapshot, on_all_ranks, on_rank0
 
 TIDYING_PATIENCE_S = 30.0  # for deletions, at the end; what stays then is deleted by a later start
@@ -176,11 +178,24 @@ class Checkpointer:
         files = sum(not key.startswith(FOLDER) for key in keys)
         if complaints or (not_after is None and not only_unfinished(self.store, keys)):
             raise no_valid_commit(self.store, files, complaints)
+        if not_after is None:
+            self._refuse_other_place()
         if files and not_after is None:
             log.warning(
                 "%s: earlier starts of this run were ended before their first checkpoint; starting from step 0",
                 self.url,
             )
+
+    def _refuse_other_place(self) -> None:
+        """A run whose recipe now names an empty place has not lost its commits, but would begin anew."""
+        path = self.directory / RUN_YAML
+        with suppress(ConfigError):
+            before = checkpoints_of(self.directory) if path.exists() else self.url
+            if before != self.url and list_commits(open_store(before)):
+                raise DataError(
+                    f"{self.directory} has its checkpoints in {before}, and {self.url} holds none; restore "
+                    "checkpoint.url, or copy them there"
+                )
 
     def _set_aside(self, step: int) -> None:
         """Renames the manifests of commits after `step`; their files stay until a later commit takes their place."""

@@ -14,8 +14,9 @@ from data.manifest import MANIFEST, list_commits
 from data.object_store import fetch_tree, is_local, join, open_store
 from launch.checks import commit_places
 from models.artifact import CONFIG_NAME, load_artifact
-from training.engine import Engine, Fragment, scatter
+from training.engine import Engine
 from training.errors import TrainingError
+from training.fragments import Fragment, scatter
 from training.snapshot import newest_snapshot, on_rank0
 
 RECORD = "init_from.json"

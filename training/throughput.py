@@ -24,17 +24,15 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("GH200", 989.4),  # NVIDIA GH200 data sheet
     ("H200 NVL", 835.5),  # NVIDIA H200 data sheet
     ("H200", 989.4),  # the same; SXM
-    ("H100 PCIe", 756.4),  # NVIDIA H100 data sheet
+    ("H100 PCIe", 756.5),  # NVIDIA H100 data sheet
     ("H100 NVL", 835.5),  # NVIDIA H100 NVL product brief
     ("H100", 989.4),  # NVIDIA H100 data sheet; SXM, whose name is "NVIDIA H100 80GB HBM3"
-    ("H800", 989.4),  # SXM, as H100: other links, the same arithmetic
     ("A100", 311.9),  # NVIDIA A100 data sheet, all forms
     ("A800", 311.9),  # as A100
     ("L40S", 362.1),  # NVIDIA L40S data sheet
     ("L40", 181.1),  # NVIDIA L40 data sheet
     ("L4", 121.0),  # NVIDIA L4 data sheet
     ("A40", 149.7),  # NVIDIA A40 data sheet
-    ("A10G", 70.0),  # Amazon EC2 G5; a slower A10
     ("A10", 125.0),  # NVIDIA A10 data sheet
     ("RTX 6000 Ada", 364.2),  # NVIDIA Ada architecture white paper
     ("RTX A6000", 154.8),  # NVIDIA Ampere GA102 white paper
@@ -43,7 +41,7 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("RTX 3090", 71.0),  # NVIDIA Ampere GA102 white paper
     ("MI325X", 1307.4),  # AMD Instinct MI325X data sheet
     ("MI300X", 1307.4),  # AMD Instinct MI300X data sheet
-    ("MI250X", 383.0),  # AMD Instinct MI250X data sheet; both dies
+    ("MI250X", 191.5),  # AMD Instinct MI250X data sheet, half: each of its two dies is a device
 )
 WAIT_SHARE = 0.1  # of the time, above which waiting for data is worth a warning
 WAIT_STEPS = 100  # optimiser steps over which it is looked at

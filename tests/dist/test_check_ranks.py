@@ -1,14 +1,12 @@
 """Two real ranks that are alike where they must differ: every one of them ends with the same line, and saves nothing."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from launch.runtime import spawn
 from tests.helpers import tiny
+from tests.helpers.warm_ranks import run_ranks
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,9 +17,8 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("broken")
     tiny.digits(folder / "data")
     tiny.autoencoder_artifact(folder / "autoencoder")
-    worker = ROOT / "tests" / "helpers" / "broken_ranks.py"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    assert spawn(2, [sys.executable, str(worker), str(folder)], env) == 0
+    result = run_ranks(2, ROOT / "tests" / "helpers" / "broken_ranks.py", folder)
+    assert result.code == 0, result.err
     return folder
 
 
@@ -41,6 +38,13 @@ def test_a_fault_ends_both_ranks_with_its_name(world, fault, message):
     (row,) = read_metrics(world / fault / "metrics.jsonl")
     assert any(message in line for line in row["errors"])
     assert not list(world.glob(f"{fault}/checkpoints/*/manifest.json"))
+
+
+def test_what_makes_every_step_bad_is_named_before_a_roll_back(world):
+    first, second = (json.loads((world / f"told-{rank}.json").read_text())["nan on one"] for rank in (0, 1))
+    assert first == second
+    assert first.startswith("text encoder t5: its features are not finite")
+    assert first.endswith(f"(step 2 of {world / 'nan on one'})")
 
 
 def test_without_a_fault_nobody_complains(world):

@@ -1,16 +1,14 @@
 """Two real DeepSpeed ranks: checkpoints under every ZeRO stage, read under every other, by one process and by three."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.runtime import spawn
 from tests.helpers.thread_ranks import cut, on_ranks
+from tests.helpers.warm_ranks import run_ranks
 from training.checkpoint import CheckpointConfig, Checkpointer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     worker = ROOT / "tests" / "helpers" / "checkpoint_worker.py"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    assert spawn(2, [sys.executable, str(worker), str(folder)], env) == 0
+    result = run_ranks(2, worker, folder)
+    assert result.code == 0, result.err
     return folder
 
 

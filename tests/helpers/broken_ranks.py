@@ -7,9 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import training.diffusion_step as step_module
 import training.loop as loop_module
@@ -21,6 +23,7 @@ from tests.helpers import tiny
 from tests.helpers.engine_worker import forget_accelerate
 from training.errors import TrainingError
 from training.frozen import Frozen
+from training.step_policy import StepPolicyConfig
 
 normal, uniform, loop = prng.normal, prng.uniform, train_module.loop
 
@@ -52,16 +55,24 @@ def same_data() -> None:
     loop_module.build_loader = lambda config, **settings: build_loader(config, **{**settings, "rank": 0})
 
 
-def half_on_one() -> None:
-    """The T5 of one rank is in float16."""
+def change_t5_on_one(change: Callable[[nn.Module], object]) -> None:
+    """The T5 of rank 1 is changed after everything was compared."""
 
-    def halved(*arguments):
+    def changed(*arguments):
         if ranks().rank == 1:
             frozen = next(argument for argument in arguments if isinstance(argument, Frozen))
-            frozen.conditioner.text_encoders()[2].tower.half()
+            change(frozen.conditioner.text_encoders()[2].tower)
         loop(*arguments)
 
-    train_module.loop = halved
+    train_module.loop = changed
+
+
+def half_on_one() -> None:
+    change_t5_on_one(lambda tower: tower.half())
+
+
+def nan_on_one() -> None:
+    change_t5_on_one(lambda tower: [parameter.data.fill_(torch.nan) for parameter in tower.parameters()])
 
 
 FAULTS: dict[str, Callable[[], None]] = {
@@ -69,6 +80,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "same times": same_times,
     "same data": same_data,
     "half on one": half_on_one,
+    "nan on one": nan_on_one,
     "none": lambda: None,  # the last one, which finishes
 }
 
@@ -81,10 +93,12 @@ def mend() -> None:
 if __name__ == "__main__":
     root, told = Path(sys.argv[1]), {}
     recipe = tiny.dit_recipe(root / "data", root / "autoencoder", total_steps=4)
+    # Gives up before the first row.
+    hasty = replace(recipe, log_every_steps=4, step_policy=StepPolicyConfig(max_bad_steps=2))
     for name, fault in FAULTS.items():
         fault()
         try:
-            train_module.train(recipe, str(root / name), quiet=True)
+            train_module.train(hasty if name == "nan on one" else recipe, str(root / name), quiet=True)
             told[name] = ""
         except TrainingError as error:
             told[name] = str(error)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from launch.runtime import ranks
+from tests.helpers import engine_options
 from training.checkpoint import CheckpointConfig, Checkpointer
 from training.ema import EMA, EMAConfig, gamma_of, power_name
 from training.engine import Engine, EngineConfig
@@ -150,6 +151,8 @@ if __name__ == "__main__":
     run_stage(3, part, 0, 2, None, GROUPED)
     forget_accelerate()
     results["3 then 2, groups"] = run_stage(2, root / "rest-groups", 2, STEPS - 2, part, GROUPED)
+    forget_accelerate()
+    results["options"] = engine_options.everything(root / "t5")
     if ranks().rank == 0:
         (root / "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()

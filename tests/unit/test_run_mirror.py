@@ -141,6 +141,17 @@ def test_checkpoints_of_another_run_are_refused_before_it_is_disturbed(tmp_path:
     assert len(open_store(tmp_path / "bucket").list("attempts/")) == 1
 
 
+def test_an_empty_place_is_no_fresh_start_for_a_run_with_commits_elsewhere(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.yaml").write_text("recipe: {checkpoint: {url: null}}\n")
+    moved = CheckpointConfig(url=str(tmp_path / "bucket"))
+    on_ranks(1, lambda engine: Checkpointer(run, moved, engine).newest())
+    write_commit(run / "checkpoints", 4, {"model": {"w": torch.ones(3)}}, {"n": 1})
+    with pytest.raises(TrainingError, match="has its checkpoints in .*run/checkpoints, and .*bucket holds none"):
+        on_ranks(2, lambda engine: Checkpointer(run, moved, engine).newest())
+
+
 def test_what_a_run_keeps_is_there_before_its_commit(tmp_path: Path) -> None:
     """The mirror's failure is the save's."""
     run = a_run(tmp_path / "run")

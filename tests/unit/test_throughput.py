@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
     "name, peak",
     [
         ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.4),
+        ("NVIDIA H100 PCIe", 756.5),
         ("NVIDIA H200", 989.4),
         ("NVIDIA A100-SXM4-80GB", 311.9),
         ("NVIDIA A100-PCIE-40GB", 311.9),
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
         ("NVIDIA GH200 480GB", 989.4),
         ("NVIDIA B200", 2250.0),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA A1000", None),
+        ("NVIDIA A10G", None),
         ("Tesla V100-SXM2-16GB", None),
     ],
 )
