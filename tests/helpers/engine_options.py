@@ -13,6 +13,7 @@ from launch.runtime import ranks
 from models.dit import DiT, DiTConfig
 from models.text_config import TextEncoderConfig
 from models.text_encoder import build_text_encoder
+from tests.helpers.runs import gathered
 from training.ema import EMA, EMAConfig
 from training.engine import Engine, EngineConfig, Fragment
 from training.optim import OptimConfig
@@ -65,7 +66,7 @@ def outcome(engine: Engine, ema: EMA, losses: list[float]) -> Tensor:
     """Losses, masters and averages in one."""
     parts = [torch.tensor(losses)]
     for fragments in (engine.weight_fragments(), ema.fragments()):
-        whole = engine.all_gather(fragments)
+        whole = gathered(fragments)
         parts += [whole[name].flatten() for name in sorted(whole)]
     return torch.cat(parts)
 
@@ -137,7 +138,7 @@ def bfloat16_masters(stage: int, offload: bool) -> dict[str, Any]:
     before = computing_weights(engine)
     engine.refresh_weights()
     engine.set_adam_step(adam_step)
-    masters, computing = engine.all_gather(engine.weight_fragments()), computing_weights(engine)
+    masters, computing = gathered(engine.weight_fragments()), computing_weights(engine)
     resumed = outcome(engine, ema, losses[: engine.accumulation_steps] + train(engine, ema, range(1, 3)))
     result = {
         "master dtypes": sorted({str(f.data.dtype) for f in engine.weight_fragments().values()}),

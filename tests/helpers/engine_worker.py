@@ -15,6 +15,7 @@ from torch import nn
 
 from launch.runtime import ranks
 from tests.helpers import engine_options
+from tests.helpers.runs import gathered
 from training.checkpoint import CheckpointConfig, Checkpointer
 from training.ema import EMA, EMAConfig, gamma_of, power_name
 from training.engine import Engine, EngineConfig
@@ -108,7 +109,7 @@ def run_stage(
     saved = keeper.newest()
     assert saved is not None
     weights, averages, expected = reference(optim)
-    live = engine.all_gather(engine.weight_fragments())
+    live = gathered(engine.weight_fragments())
     result = {
         "weights": max(float((saved.tensor("model", n) - w).abs().max()) for n, w in weights.items()),
         "masters_are_what_is_saved": max(float((saved.tensor("model", n) - live[n]).abs().max()) for n in weights),
