@@ -49,6 +49,8 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     dit.init_weights(recipe.seed)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
+    if snapshot is None:  # rank 0 has made the run: a machine with a disk of its own gets its run.yaml
+        bring_up_to_date(directory, recipe.checkpoint, engine, process.local_rank)
     engine.shard(dit, recipe.optim, dit.blocks)
     # Stored features need the text encoders for the null condition and the sample grids alone: no GPU memory for that.
     frozen.to(engine.device, text=any(index.encoding is None for index in indexes))
