@@ -22,6 +22,7 @@ from training.blocks import ActivationCheckpointing, wrap_blocks
 from training.checkpoint import CheckpointConfig, Checkpointer, Groups
 from training.ema import EMA, EMAConfig
 from training.engine import Engine, EngineConfig
+from training.fragments import gather
 from training.optim import OptimConfig, build_adamw
 
 OPTIM = OptimConfig(learning_rate=1e-4, weight_decay=0.01, fused=True)
@@ -106,7 +107,7 @@ def zero1(rounds: int) -> dict[str, Any]:
         return 2 * size
 
     ours(), peer()
-    masters = engine.all_gather(engine.weight_fragments())
+    masters = {name: gather(fragment) for name, fragment in engine.weight_fragments().items()}
     for name, parameter in replica.named_parameters():
         torch.testing.assert_close(masters[name], parameter.detach(), rtol=0, atol=1e-5)
     row = compare("zero1", ours, peer, unit="samples/s", packages=("torch", "deepspeed", "accelerate"), rounds=rounds,
@@ -130,7 +131,10 @@ def stall(rounds: int) -> dict[str, Any]:
         return {"model": engine.weight_fragments(), **ema.groups(), **engine.moment_fragments()}
 
     def live() -> dict[str, dict[str, Tensor]]:
-        return {group: engine.all_gather(fragments) for group, fragments in groups().items()}
+        return {
+            group: {name: gather(fragment) for name, fragment in fragments.items()}
+            for group, fragments in groups().items()
+        }
 
     seconds: dict[str, list[float]] = {"ours": [], "peer": []}
     with tempfile.TemporaryDirectory(prefix="darkroom-stall-") as mine:

@@ -13,6 +13,7 @@ from data.errors import DataError
 
 TEMP_PREFIX = ".tmp-"
 COPY_BYTES = 1 << 20
+CLOCK_SKEW_S = 900.0  # by which the clocks of machines and stores may differ
 
 Buffer = bytes | memoryview  # of bytes: format "B"
 
@@ -115,7 +116,7 @@ class LocalStore:
             for name in names:
                 path = Path(parent, name)
                 with suppress(OSError):  # somebody else was faster
-                    if name.startswith(TEMP_PREFIX) and path.stat().st_mtime < began_before_s:
+                    if name.startswith(TEMP_PREFIX) and path.stat().st_mtime < began_before_s - CLOCK_SKEW_S:
                         path.unlink()
                         swept += 1
         return swept

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.errors import DataError
-from data.local_store import COPY_BYTES, Buffer, checked_key
+from data.local_store import CLOCK_SKEW_S, COPY_BYTES, Buffer, checked_key
 from data.s3_client import WrongAnswer, call, current_client, part_checksum, persist
 
 PART_BYTES = 16 << 20  # of a multipart put; also its threshold
 MAX_PARTS = 10_000  # S3's limit; a file of more parts than that gets larger ones
 PUT_THREADS = 4  # parts of one put on their way, each held in memory
 ABORT_PATIENCE_S = 5.0  # for the tidying up after a failed put
-CLOCK_SKEW_S = 900.0  # between this machine and the store; more, and the store refuses signatures
 
 Read = Callable[[int, int], bytes]  # from a byte on, so many of them
 
@@ -102,7 +101,7 @@ class S3Store:
         self._do("delete_object", key)
 
     def sweep(self, began_before_s: float) -> int:
-        # The store's clock says when an upload began; one that differs more from ours would refuse our requests.
+        # The store's clock says when an upload began; one that differs more from ours refuses our signatures.
         began_before = datetime.fromtimestamp(began_before_s - CLOCK_SKEW_S, UTC)
         swept = 0
         marks: dict[str, Any] = {}

@@ -55,13 +55,17 @@ def state_bytes(
         "moments": 2 * ADAM_BYTES * own,
         "averages": averages * ADAM_BYTES * own,
     }
-    if not offload:
-        return {"weights": weights, "gradients": gradients, **states}
-    on_host = {f"host_{part}": size for part, size in states.items()}
+    parts = {"weights": weights, "gradients": gradients, **states}
+    return _offloaded(parts, compute_bytes, whole, own, zero_stage) if offload else parts
+
+
+def _offloaded(parts: dict[str, int], compute_bytes: int, whole: int, own: int, zero_stage: int) -> dict[str, int]:
+    """The same with the optimiser on the host."""
+    on_host = {f"host_{part}": parts[part] for part in ("masters", "moments", "averages")}
     if zero_stage == 3:
-        return {"weights": weights, "host_gradients": gradients, **on_host}
+        return {"weights": parts["weights"], "host_gradients": parts["gradients"], **on_host}
     return {
-        "weights": weights,
+        "weights": parts["weights"],
         "gradients": compute_bytes * whole,
         "host_weights": compute_bytes * own,
         "host_gradients": ADAM_BYTES * own,

@@ -50,6 +50,7 @@ from training.retention import Retention
 from training.run_mirror import RUN_YAML, RunMirror, claim, fetch_run
 from training.snapshot import Snapshot, newest_snapshot, on_all_ranks, on_rank0
 
+LOOK_S = 1.0  # between the exchanges of ranks that wait for a save
 TIDYING_PATIENCE_S = 30.0  # for deletions, at the end; what stays then is deleted by a later start
 NAMED = 3  # errors of one save that a message quotes
 
@@ -89,6 +90,8 @@ class _Save:
     phase: str = ""  # "write", "commit" (rank 0 puts the manifest), or "failed" until it is tried again
     tries: int = 0
     job: Job | None = None  # of this phase; None where a rank has nothing to do in it
+    mine: dict[str, FileEntry] = field(default_factory=dict)  # put by this rank so far
+    done: int = 0  # files put by all ranks, as of the last exchange
     files: dict[str, FileEntry] = field(default_factory=dict)  # of all ranks
 
 
@@ -267,8 +270,8 @@ class Checkpointer:
     def _settle(self) -> None:
         """Waits until nothing is under way: the save is committed, or has failed once more."""
         while self._pending is not None and self._pending.phase != "failed":
-            if self._pending.job is not None:
-                self._pending.job.wait()
+            if (job := self._pending.job) is not None:
+                job.wait(LOOK_S)
             self._advance()
 
     def _write(self) -> None:
@@ -280,8 +283,8 @@ class Checkpointer:
             save.prepare()
         except DataError as caught:
             error = caught
-
         remains, self._remains = self._remains, []
+        save.mine, save.done = {}, 0
 
         def work() -> tuple[dict[str, FileEntry], Owned | None]:
             drop_files(self.store, remains, rank)  # a full disk has no room for them and another try
@@ -290,20 +293,24 @@ class Checkpointer:
             if self._mirror is not None:
                 self._mirror.put_mine()
             owned = self._copy.owned()
-            files = put_files(self.store, save.step, folder, rank, self._copy)
-            return files, None if owned == self._owned[rank] else owned
+            put_files(self.store, save.step, folder, rank, self._copy, save.mine)
+            return save.mine, None if owned == self._owned[rank] else owned
 
         save.tries += 1
         save.phase = "write"
         save.job = Job(work)
 
     def _advance(self) -> None:
-        """One exchange; the same transition on all ranks."""
+        """One exchange; the same transition on all ranks. The watchdog is told of files put: slow is no hang."""
         save = self._pending
         assert save is not None
-        reports = self.engine.exchange(Report() if save.job is None else save.job.report)
-        if any(report is None for report in reports):
+        told = self.engine.exchange((len(save.mine), Report() if save.job is None else save.job.report))
+        before, save.done = save.done, sum(done for done, _ in told)
+        if save.done > before:
+            self.engine.mark("save")
+        if any(report is None for _, report in told):
             return
+        reports = [report for _, report in told]
         errors = [f"rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error]
         if errors:
             self._failed(save, errors, any(report.fatal for report in reports))

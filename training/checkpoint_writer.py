@@ -106,6 +106,8 @@ def _page_lock(buffer: Tensor) -> None:
     """Locks memory of this very size; torch's own page-locked memory comes in powers of two, up to twice as much."""
     runtime, address = torch.cuda.cudart(), buffer.data_ptr()
     if int(runtime.cudaHostRegister(address, buffer.nbytes, _PORTABLE)):
+        with suppress(RuntimeError):  # the refusal waits to be raised by whatever kernel is launched next
+            torch.zeros(1, device="cuda")
         log.warning("the system refuses to lock %d bytes of memory; saves stall the training for longer", buffer.nbytes)
         return
     weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
@@ -153,13 +155,20 @@ def _layout(group: str, parts: list[Pieces]) -> dict[str, Any]:
     return layout
 
 
-def put_files(store: Store, step: int, attempt: str, rank: int, copy: HostCopy) -> dict[str, FileEntry]:
+def put_files(store: Store, step: int, attempt: str, rank: int, copy: HostCopy, files: dict[str, FileEntry]) -> None:
     """Hashes and stores this rank's files; the bytes go from the host copy to the store.
+
+    Args:
+        store: of the checkpoints folder.
+        step: optimiser steps done.
+        attempt: folder of the files below the step's.
+        rank: this rank.
+        copy: what to store.
+        files: takes each file once it is put.
 
     Raises:
         DataError: the store refuses.
     """
-    files = {}
     for group, parts in copy.files():
         digest = hashlib.sha256()
         for part in parts:
@@ -167,7 +176,6 @@ def put_files(store: Store, step: int, attempt: str, rank: int, copy: HostCopy) 
         key = file_key(attempt, group, rank)
         store.put_parts(parts, f"{step_folder(step)}/{key}")
         files[key] = FileEntry(size_bytes=sum(map(len, parts)), sha256=digest.hexdigest())
-    return files
 
 
 def drop_files(store: Store, folders: list[str], rank: int) -> None:

@@ -24,6 +24,7 @@ from training.errors import TrainingError
 from training.fragments import Fragment as Fragment  # for those who use the engine
 from training.optim import OptimConfig, build_adamw, fresh_state, set_learning_rate
 from training.update_gate import ask_before_updates, guarded, not_finite
+from training.watchdog import PATIENCE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,7 +35,7 @@ class EngineConfig:
     """How the model is spread over ranks and in which precision it computes."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2  # what DeepSpeed shards: 1 optimiser states, 2 + gradients, 3 + parameters
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU, float32 on CPU
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU, float32 on CPU and at stage 0
     micro_batch_size: int  # samples per rank per forward
     global_batch_size: int  # samples per optimiser step over all ranks
     max_grad_norm: float = 1.0  # global L2 norm at which gradients are clipped; 0 = no clipping
@@ -289,6 +290,11 @@ class Engine:
         return Fragment(data=data, start=mapping.lp_fragment_address.start, shape=tuple(parameter.shape))
 
 
+def group_timeout(hang_timeout_s: float) -> timedelta:
+    """For which a collective may wait: nobody gives up before the watchdog, which can say who is to blame."""
+    return timedelta(seconds=max(1800.0, (PATIENCE + 1) * hang_timeout_s))
+
+
 def _use_bfloat16(config: EngineConfig, device_type: str) -> bool:
     return config.precision == "bfloat16" or (
         config.precision == "auto" and device_type == "cuda" and config.zero_stage > 0
@@ -338,15 +344,13 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    # Nobody gives up before the watchdog, which can say who is to blame.
-    timeout = timedelta(seconds=max(1800.0, 2 * config.hang_timeout_s))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
         accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config),
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps),
             # Left to itself, accelerate takes ranks without a GPU for processes of their own.
-            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=group_timeout(config.hang_timeout_s))],
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):

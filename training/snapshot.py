@@ -108,12 +108,12 @@ def _examine(store: Store, engine: Engine, step: int) -> tuple[Commit | None, li
 
 
 def on_rank0(engine: Engine, work: Callable[[], T]) -> T:
-    """Rank 0's result on every rank; its DataError is a TrainingError on every rank. Collective."""
+    """Rank 0's result on every rank; a DataError or TrainingError is a TrainingError on every rank. Collective."""
     result, error = None, None
     if engine.rank == 0:
         try:
             result = work()
-        except DataError as caught:
+        except (DataError, TrainingError) as caught:
             error = str(caught)
     result, error = engine.from_rank0((result, error))
     if error:
@@ -122,11 +122,11 @@ def on_rank0(engine: Engine, work: Callable[[], T]) -> T:
 
 
 def on_all_ranks(engine: Engine, work: Callable[[], T]) -> list[T]:
-    """Every rank's result on every rank; a DataError on one is a TrainingError on all. Collective."""
+    """Every rank's result on every rank; a DataError or TrainingError on one is a TrainingError on all. Collective."""
     result, error = None, None
     try:
         result = work()
-    except DataError as caught:
+    except (DataError, TrainingError) as caught:
         error = str(caught)
     reports = engine.exchange((result, error))
     for _, found in reports:

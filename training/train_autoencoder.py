@@ -62,6 +62,8 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     discriminator.init_weights(recipe.seed + 1)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
+    if snapshot is None:  # rank 0 has made the run: a machine with a disk of its own gets its run.yaml
+        bring_up_to_date(directory, recipe.checkpoint, engine, process.local_rank)
     engine.shard(autoencoder, recipe.optim, autoencoder.blocks)
     replica = Replica(discriminator, recipe.discriminator_optim, engine.device)
     if recipe.init_from and snapshot is None:

@@ -25,6 +25,7 @@ from training.optim import parameter_groups
 from training.run_checks import DiffusionChecks
 from training.run_directory import open_run_directory
 from training.schedule import learning_rate
+from training.snapshot import on_rank0
 
 
 def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
@@ -48,6 +49,8 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     dit.init_weights(recipe.seed)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
+    if snapshot is None:  # rank 0 has made the run: a machine with a disk of its own gets its run.yaml
+        bring_up_to_date(directory, recipe.checkpoint, engine, process.local_rank)
     engine.shard(dit, recipe.optim, dit.blocks)
     # Stored features need the text encoders for the null condition and the sample grids alone: no GPU memory for that.
     frozen.to(engine.device, text=any(index.encoding is None for index in indexes))
@@ -149,16 +152,19 @@ def dit_config_of(recipe: DiTRecipe, frozen: Frozen) -> DiTConfig:
 def keep_frozen(frozen: Frozen, directory: Path, engine: Engine) -> None:
     """Keeps the frozen networks in the run, so that its checkpoints need nothing else; refuses others on resume."""
     kept = directory / "frozen"
-    if engine.rank == 0:  # each is there whole or not at all; a kill may have come between them
+
+    def keep() -> tuple[str, str]:  # each is there whole or not at all; a kill may have come between them
         if not (kept / "autoencoder").exists():
             save_autoencoder(kept / "autoencoder", frozen.autoencoder)
         if not (kept / "text_encoders").exists():
             frozen.conditioner.save(kept / "text_encoders")
-    engine.barrier()
-    _, fingerprint = load_autoencoder(kept / "autoencoder")
+        return load_autoencoder(kept / "autoencoder")[1], Conditioner.load(kept / "text_encoders").fingerprint
+
+    # By rank 0 alone: other machines may have a run directory of their own.
+    autoencoder, text_encoders = on_rank0(engine, keep)
     for what, was, now in (
-        ("autoencoder", fingerprint, frozen.autoencoder_fingerprint),
-        ("text encoders", Conditioner.load(kept / "text_encoders").fingerprint, frozen.conditioner.fingerprint),
+        ("autoencoder", autoencoder, frozen.autoencoder_fingerprint),
+        ("text encoders", text_encoders, frozen.conditioner.fingerprint),
     ):
         if was != now:
             raise TrainingError(

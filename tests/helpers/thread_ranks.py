@@ -18,6 +18,7 @@ class ThreadRank:
     def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, box: list[Any]) -> None:
         self.rank, self.world_size = rank, world_size
         self._barrier, self._box = barrier, box
+        self.mark: Callable[[str], None] = lambda phase: None
 
     def exchange(self, value: Any) -> list[Any]:
         self._box[self.rank] = value

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 import data.manifest
+import training.checkpoint
 from data.errors import DataError
 from data.local_store import LocalStore
 from data.manifest import list_commits, read_manifest, verify
@@ -221,6 +223,40 @@ def test_a_save_is_what_the_weights_were_and_is_no_commit_before_all_ranks_have_
         return committed
 
     assert on_ranks(2, work) == [[False, False, False, True]] * 2
+
+
+def test_a_slow_save_that_is_waited_for_tells_the_watchdog_of_every_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1's next file is put only after the last one was told, and both ranks tell alike."""
+    monkeypatch.setattr(training.checkpoint, "LOOK_S", 0.01)
+
+    def work(engine: Any) -> list[str]:
+        marks: list[str] = []
+        told = threading.Semaphore(1)
+
+        def mark(phase: str) -> None:
+            marks.append(phase)
+            told.release()
+
+        engine.mark = mark
+        keeper = Checkpointer(tmp_path, CheckpointConfig(), engine)
+        keeper.newest()
+        put = keeper.store.put_parts
+
+        def put_parts(*arguments: Any) -> None:
+            assert engine.rank == 0 or told.acquire(timeout=60), "the watchdog was not told"
+            put(*arguments)
+
+        keeper.store.put_parts = put_parts  # type: ignore[method-assign]
+        keeper.save(10, groups_of(engine), {})
+        keeper.finish()
+        assert keeper.last_good == 10 and keeper.failed_saves == 0
+        return marks
+
+    first, second = on_ranks(2, work)
+    files = read_manifest(open_store(tmp_path / "checkpoints"), 10).files
+    assert first == second and set(first) == {"save"} and 2 <= len(first) <= len(files)
 
 
 def test_host_buffers_are_made_once(tmp_path: Path) -> None:
@@ -658,10 +694,9 @@ def test_remains_are_cleaned_up_and_what_is_ahead_is_left_alone(tmp_path: Path) 
     for key in ("step-00000005/dead/model-00000.safetensors", "step-00000020/dead/x", "step-00000030/dead/x"):
         open_store(tmp_path).put_bytes(b"remains", key)
     leftover, mine = tmp_path / "step-00000010" / ".tmp-dead", tmp_path / "step-00000030" / ".tmp-alive"
-    for path in (leftover, mine):
+    for path, age_s in ((leftover, 1000), (mine, 800)):  # by the clock of another machine, which is slow
         path.write_bytes(b"half")
-    os.utime(leftover, (0, 0))
-    os.utime(mine, (2**32, 2**32))
+        os.utime(path, (time.time() - age_s,) * 2)
     save(tmp_path, 20)
     store = open_store(tmp_path)
     assert not store.list("step-00000005/") and not leftover.exists() and mine.exists()

@@ -38,8 +38,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("data/stats.py",),
 }
 PICKLE = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal")
-MAX_FILE_LINES = 450
-MAX_FUNCTION_LINES = 80
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
 
 
 def files(*folders: str) -> list[Path]:

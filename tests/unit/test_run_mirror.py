@@ -136,8 +136,14 @@ def test_checkpoints_of_another_run_are_refused_before_it_is_disturbed(tmp_path:
         (tmp_path / name / "run.yaml").write_text(f"recipe: {{name: {name}}}\n")
     config = CheckpointConfig(url=str(tmp_path / "bucket"))
     on_ranks(1, lambda engine: Checkpointer(tmp_path / "one", config, engine).newest())
-    with pytest.raises(TrainingError, match="holds the checkpoints of another run than .*two"):
-        on_ranks(2, lambda engine: Checkpointer(tmp_path / "two", config, engine).newest())
+
+    def refused(engine: Any) -> str:
+        with pytest.raises(TrainingError) as caught:  # on both: nobody is left waiting for rank 0
+            Checkpointer(tmp_path / "two", config, engine).newest()
+        return str(caught.value)
+
+    told = on_ranks(2, refused)
+    assert told[0] == told[1] and f"holds the checkpoints of another run than {tmp_path / 'two'}" in told[0]
     assert len(open_store(tmp_path / "bucket").list("attempts/")) == 1
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from botocore.exceptions import SSLError
+from botocore.exceptions import ClientError, SSLError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -243,6 +243,15 @@ def test_a_certificate_nobody_vouches_for_is_settled_at_once(store: S3Store, clo
 
     assert "AWS_CA_BUNDLE" in one_line(lambda: s3_client.persist(store.url, refused))
     assert not clock.waits
+
+
+def test_a_clock_that_is_wrong_is_named_at_once(store: S3Store, clock: Clock) -> None:
+    def refused(_client: object) -> None:
+        answer = {"Error": {"Code": "RequestTimeTooSkewed"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+        raise ClientError(answer, "GetObject")  # type: ignore[arg-type]
+
+    assert "the clocks of this machine and the store differ" in one_line(lambda: s3_client.persist(store.url, refused))
+    assert sum(clock.waits) <= s3_client.FIRST_WAIT_S
 
 
 def test_credentials_appear_nowhere(

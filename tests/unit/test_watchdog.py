@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from training.engine import group_timeout
 from training.watchdog import Place, Watchdog, hang_message
 
 
@@ -48,6 +49,14 @@ def test_what_is_slow_by_nature_may_take_longer(tmp_path: Path) -> None:
         watchdog.mark(phase, step)
         allowed.append(watchdog._allowed_s())
     assert allowed == [40, 40, 10, 10, 40]
+
+
+@pytest.mark.parametrize("timeout_s", [60.0, 1800.0, 7200.0])
+def test_a_collective_waits_longer_than_the_watchdog(tmp_path: Path, timeout_s: float) -> None:
+    """In every phase, or its end would come first and name nobody."""
+    watchdog = Watchdog(tmp_path, rank=0, world_size=1, timeout_s=timeout_s)
+    watchdog.mark("finish")
+    assert group_timeout(timeout_s).total_seconds() > watchdog._allowed_s()
 
 
 def test_the_rank_that_is_behind_is_named_and_not_those_that_wait() -> None:
