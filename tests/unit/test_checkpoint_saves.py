@@ -437,12 +437,19 @@ def damage(folder: Path, how: str) -> None:
         victim.unlink()
     elif how == "manifest":
         (folder / "manifest.json").write_text("{")
-    else:  # a manifest that can be read and says of a tensor nothing that can be
+    elif how == "state":  # a manifest that says something else and is as readable as before
         text = (folder / "manifest.json").read_text()
+        changed = text.replace('"state":{', '"state":{"other":1,').replace('{"other":1,}', '{"other":1}')
+        assert changed != text
+        (folder / "manifest.json").write_text(changed)
+    else:  # one without a seal, as of earlier versions, that says of a tensor nothing that can be
+        fields = json.loads((folder / "manifest.json").read_text())
+        del fields["sha256"]
+        text = json.dumps(fields, separators=(",", ":"))
         (folder / "manifest.json").write_text(text.replace('"pieces":[[0,0]', '"pieces":[[0,1]'))
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "delete", "manifest", "layout"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete", "manifest", "layout", "state"])
 def test_a_damaged_commit_is_passed_over_aloud_and_can_be_made_again(tmp_path: Path, how: str) -> None:
     for step in (10, 20):
         save(tmp_path, step)
