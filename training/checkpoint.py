@@ -184,7 +184,6 @@ class Checkpointer:
             raise no_valid_commit(self.store, files, complaints)
         if not_after is None:
             self._refuse_other_place()
-        if not_after is None:
             refuse_lost(self.directory, self.url)
             assert self._started is not None
             if self._started.generation > 1 or (self.directory / "metrics.jsonl").exists():
