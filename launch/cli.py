@@ -1,4 +1,5 @@
-"""The command line. With cli_data the only module that names every package, each inside the command that needs it.
+"""The command line. With cli_data and cli_launch the only module that names every package, each inside the command that
+needs it.
 
 Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's mistake (one line), 75 preempted and saved.
 docs/commands.md is the user's page.
@@ -13,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from launch import cli_data
+from launch import cli_data, cli_launch
 from launch.cli_common import AsJson, Quiet, end_with_problems, refuse, say, show
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ train_app = typer.Typer(help="Train the autoencoder, then the diffusion transfor
 checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
 app.add_typer(cli_data.app, name="data")
 app.add_typer(train_app, name="train")
+app.add_typer(cli_launch.app, name="launch")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 # Of metrics.json: what a terminal is spared.

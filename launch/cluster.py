@@ -92,7 +92,9 @@ class Preflight:
     def __post_init__(self) -> None:
         check_words("preflight.store", self.store)
         if self.max_slowdown <= 1 or self.timeout_s < 1 or self.max_clock_skew_s <= 0:
-            raise ValueError("max_slowdown must be above 1, timeout_s at least 1, max_clock_skew_s above 0; correct them")
+            raise ValueError(
+                "max_slowdown must be above 1, timeout_s at least 1, max_clock_skew_s above 0; correct them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +151,9 @@ def load_cluster(path: str | Path | None = None) -> Cluster:
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         tried = " nor ".join(map(str, candidates))
-        raise ConfigError(f"the site's facts are in neither {tried}; write one (docs/launch.md) or give --cluster FILE"
-                          if not named else f"{named} does not exist; give another --cluster FILE")
+        raise ConfigError(
+            f"the site's facts are in neither {tried}; write one (docs/launch.md) or give --cluster FILE"
+            if not named
+            else f"{named} does not exist; give another --cluster FILE"
+        )
     return from_dict(Cluster, read_yaml(found), str(found))

@@ -77,7 +77,9 @@ class Pipeline:
         for name, stage in self.stages.items():
             for earlier in stage.after or ():
                 if earlier not in seen:
-                    raise ValueError(f"stages.{name}.after {earlier!r} is no stage above it; there are {', '.join(seen)}")
+                    raise ValueError(
+                        f"stages.{name}.after {earlier!r} is no stage above it; there are {', '.join(seen)}"
+                    )
             seen.append(name)
 
     def after(self, name: str) -> tuple[str, ...]:

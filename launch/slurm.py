@@ -83,7 +83,7 @@ def _options(pipeline: Pipeline, name: str, cluster: Cluster, ranks: int) -> lis
     """The #SBATCH lines. Every value has been checked against a pattern or is a number of ours."""
     stage = pipeline.stages[name]
     fewest = stage.min_nodes or stage.nodes
-    tasks = 1 if cluster.tasks == "node" else ranks
+    tasks = _tasks_on_node(stage, cluster)
     log = stage_folder(pipeline, name) / ("log-%a.txt" if stage.array > 1 else "log.txt")
     options = [f"--job-name={job_name(pipeline, name)}"]
     options += [f"--partition={cluster.partition}"] if cluster.partition else []
@@ -125,7 +125,7 @@ def srun_command(stage: Stage, cluster: Cluster, place: Place) -> list[str]:
     The first rank to end badly ends the others at once (--kill-on-bad-exit); one that has saved and ended does not.
     """
     ranks = stage.ranks_on_node(cluster.gpus_per_node)
-    tasks = 1 if cluster.tasks == "node" else ranks
+    tasks = _tasks_on_node(stage, cluster)
     command = ["srun", "--kill-on-bad-exit=1", "--wait=0", "--export=ALL", f"--ntasks-per-node={tasks}"]
     if cluster.cpus_per_rank:  # srun takes it over from sbatch in some versions only
         command.append(f"--cpus-per-task={cluster.cpus_per_rank * ranks // tasks}")
@@ -133,8 +133,14 @@ def srun_command(stage: Stage, cluster: Cluster, place: Place) -> list[str]:
     if cluster.container is not None:
         command += _in_container(cluster, place)
         darkroom = cluster.container.darkroom
-    torchrun = ["--torchrun", str(ranks)] if cluster.tasks == "node" and stage.is_of_several_ranks else []
+    torchrun = ["--torchrun", str(ranks)] if tasks != ranks else []
     return [*command, darkroom, *TASK, *torchrun, "--"]
+
+
+def _tasks_on_node(stage: Stage, cluster: Cluster) -> int:
+    """What srun starts on each node: the ranks, or one torchrun for ranks that talk to each other."""
+    ranks = stage.ranks_on_node(cluster.gpus_per_node)
+    return 1 if cluster.tasks == "node" and stage.words[0] == "train" else ranks
 
 
 def _in_container(cluster: Cluster, place: Place) -> list[str]:

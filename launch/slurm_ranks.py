@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from itertools import product
 
 from launch.errors import ConfigError
-from launch.runtime import core_count, gpu_count
+from launch.runtime import gpu_count
 
 # Above what services use, below what the kernel gives out to clients (net.ipv4.ip_local_port_range begins at 32768).
 _FIRST_PORT, _PORTS = 16000, 16000
@@ -68,7 +68,7 @@ def master_address(env: Mapping[str, str], known: Callable[[str], bool] = resolv
 
 
 def master_port(env: Mapping[str, str]) -> int:
-    """The same on all tasks of a step; another one for each job, restart and step, so that nothing old listens there."""
+    """The same on all tasks of a step, another for each job, restart and step: nothing old listens there."""
     job, step = int(_need(env, "SLURM_JOB_ID")), env.get("SLURM_STEP_ID", "0")
     restart = int(env.get("SLURM_RESTART_COUNT", "0"))
     return _FIRST_PORT + (job * 97 + restart * 7 + int(step if step.isdigit() else "0")) % _PORTS
@@ -98,7 +98,7 @@ def rank_environment(env: Mapping[str, str], known: Callable[[str], bool] = reso
         "MASTER_ADDR": master_address(env, known),
         "MASTER_PORT": str(master_port(env)),
     }
-    cores = int(env.get("SLURM_CPUS_PER_TASK") or 0) or max(1, core_count() // local)
+    cores = int(env.get("SLURM_CPUS_PER_TASK") or 0) or max(1, int(env.get("SLURM_CPUS_ON_NODE", "1")) // local)
     defaults = {"OMP_NUM_THREADS": str(cores)} | ({} if devices else {"DS_ACCELERATOR": "cpu"})
     return {name: value for name, value in defaults.items() if name not in env} | found
 

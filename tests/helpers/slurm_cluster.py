@@ -137,7 +137,12 @@ class SlurmCluster:
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
         files = {"key": "munge.key", "socket": "munge.socket", "pid": "munge.pid", "log": "munge.log", "seed": "seed"}
-        self.run("munged", "--force", *(f"--{name}-file={folder / file}" for name, file in files.items() if name != "socket"), f"--socket={folder / 'munge.socket'}")
+        self.run(
+            "munged",
+            "--force",
+            *(f"--{name}-file={folder / file}" for name, file in files.items() if name != "socket"),
+            f"--socket={folder / 'munge.socket'}",
+        )
         self.run("slurmctld")
         for number in range(1, self.nodes + 1):
             self.start_node(f"n{number}")
