@@ -78,9 +78,10 @@ def judge_nodes(found: Sequence[NodeFacts], nodes: Sequence[str], preflight: Pre
     for facts in found:
         for problem in facts.problems:
             blame(facts.node, problem)
-    for name in sorted({name for facts in found for name in facts.versions}):
-        usual = Counter(facts.versions.get(name, "absent") for facts in found).most_common(1)[0][0]
-        for facts in found:
+    first = [facts for facts in found if facts.versions]  # one task of each node tells them
+    for name in sorted({name for facts in first for name in facts.versions}):
+        usual = Counter(facts.versions.get(name, "absent") for facts in first).most_common(1)[0][0]
+        for facts in first:
             if (version := facts.versions.get(name, "absent")) != usual:
                 blame(facts.node, f"{name} is {version}, elsewhere {usual}")
     if any(reasons.values()):

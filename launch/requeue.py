@@ -51,15 +51,16 @@ def judge(ends: Sequence[RankEnd], srun_code: int, was_stopped: bool, down: Sequ
         if end.code == _MISTAKE:
             return Verdict(outcome="mistake", why=f"rank {end.rank} on {end.node} refused its input (exit code 2)")
     own = [end for end in ends if end.code not in (0, EXIT_PREEMPTED) and not end.signals]
+    saved = [end for end in ends if end.code == EXIT_PREEMPTED]
     if down:
-        return Verdict(outcome="failed", why=f"SLURM lost {', '.join(down)}", failed_nodes=tuple(down))
+        why = f"SLURM lost {', '.join(down)}" + (": saved" if saved else "")
+        return Verdict(outcome="lost", why=why, failed_nodes=tuple(down))
     if own and not was_stopped:
         first = own[0]
         how = f"was killed by signal {first.code - 128}" if first.code > 128 else f"ended with exit code {first.code}"
         blamed = {end.node for end in own}
         failed = tuple(blamed) if len(blamed) == 1 and nodes > 1 else ()
         return Verdict(outcome="failed", why=f"rank {first.rank} on {first.node} {how}", failed_nodes=failed)
-    saved = [end for end in ends if end.code == EXIT_PREEMPTED]
     if saved or was_stopped or any(end.signals for end in ends) or srun_code in (128 + 10, 128 + 15):
         sent = next((end.signals[0] for end in ends if end.signals), "a signal")
         return Verdict(outcome="preempted", why=f"{sent}: " + ("saved" if saved else "ended before there was a save"))

@@ -8,7 +8,7 @@ from launch.errors import ConfigError
 from launch.slurm_ranks import expand_nodes
 
 _TIMEOUT_S = 60
-_LOST = ("down", "drain", "fail", "unk", "boot", "power", "maint", "reboot")
+_LOST = ("down", "unk")
 
 
 def submitting_environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -44,7 +44,7 @@ def queue(job_ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:
 
 
 def lost_nodes(nodes: Sequence[str]) -> tuple[str, ...]:
-    """Those of the nodes that do not answer or take no jobs."""
+    """Those of the nodes that do not answer or are down."""
     said = _run(["sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %t"])
     states = dict(line.split() for line in said.splitlines() if len(line.split()) == 2)
     return tuple(node for node in nodes if "*" in states.get(node, "") or states.get(node, "").startswith(_LOST))

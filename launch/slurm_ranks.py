@@ -21,12 +21,13 @@ def expand_nodes(names: str) -> list[str]:
     Raises:
         ConfigError: it is no list of nodes.
     """
-    found: list[str] = []
-    for word in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", names):
-        parts = [_numbers(part) if index % 2 else [part] for index, part in enumerate(re.split(r"\[(.*?)\]", word))]
-        found += ["".join(choice) for choice in product(*parts)]
-    if not found or any("[" in name or "]" in name for name in found):
+    word = r"(?:[^,\[\]\s]|\[[^\[\]]*\])+"
+    if not re.fullmatch(f"{word}(,{word})*", names):
         raise ConfigError(f"{names!r} is no list of nodes as SLURM writes it")
+    found: list[str] = []
+    for name in re.findall(word, names):
+        parts = [_numbers(part) if index % 2 else [part] for index, part in enumerate(re.split(r"\[(.*?)\]", name))]
+        found += ["".join(choice) for choice in product(*parts)]
     return found
 
 

@@ -120,7 +120,7 @@ class Supervisor:
         ends = rank_ends(folder)
         for line in dict.fromkeys(path.read_text(encoding="utf-8") for path in sorted(folder.glob("rank-*.txt"))):
             say(line)
-        down = slurm_client.lost_nodes(self.nodes) if code and not self.was_stopped else ()
+        down = slurm_client.lost_nodes(self.nodes) if code or self.was_stopped else ()
         return judge(ends, code, self.was_stopped, down, len(self.nodes))
 
     def _step(self, command: Sequence[str], folder: Path, timeout_s: float | None = None) -> int:
