@@ -102,7 +102,8 @@ class Record:
 
 
 def _attempt(row: dict[str, Any]) -> Attempt:
-    return Attempt(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Attempt(**values)
 
 
 def write_rank_end(folder: Path, end: RankEnd) -> None:

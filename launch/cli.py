@@ -1,5 +1,5 @@
-"""The command line. With cli_data and cli_launch the only module that names every package, each inside the command that
-needs it.
+"""The command line. With cli_data, cli_doctor and cli_launch the only module that names every package, each inside the
+command that needs it.
 
 Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's mistake (one line), 75 preempted and saved.
 docs/commands.md is the user's page.
@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from launch import cli_data, cli_launch
+from launch import cli_data, cli_doctor, cli_launch
 from launch.cli_common import AsJson, Quiet, end_with_problems, refuse, say, show
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_hel
 app.add_typer(cli_data.app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(cli_launch.app, name="launch")
+app.command("doctor")(cli_doctor.doctor)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 # Of metrics.json: what a terminal is spared.
@@ -349,20 +350,6 @@ def checkpoint_ema(
     facts = write_post_hoc_ema(store.url, sigma_rel, out, step)
     if as_json or not quiet:
         show(facts, as_json)
-
-
-# --- doctor -------------------------------------------------------------------------------------------------------
-
-
-@app.command("doctor")
-def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine and installation offer, and what is missing."""
-    from launch.doctor import examine
-
-    facts = examine()
-    show(facts, as_json)
-    if facts["missing"]:
-        refuse(f"missing: {', '.join(facts['missing'])}; install them, or run `make install`")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,19 @@
-"""`darkroom launch …` and `darkroom doctor`: each package is named inside the command that needs it."""
+"""`darkroom launch …`: each package is named inside the command that needs it."""
 
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launch.cli_common import AsJson, Quiet, say
+from launch.cli_common import AsJson, Quiet, darkroom_command, say
 
 app = typer.Typer(help="Run a pipeline on a SLURM cluster.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The pipeline's folder.")]
 ClusterFile = Annotated[str | None, typer.Option("--cluster", metavar="FILE", help="[default: cluster.yaml]")]
-
-
-def darkroom_command() -> str:
-    """The command that runs, as an absolute path."""
-    return str(Path(sys.executable).with_name("darkroom"))
 
 
 @app.command("slurm")
@@ -141,6 +135,7 @@ def launch_check_node(
     timeout: Annotated[float, typer.Option("--timeout")] = 60.0,
 ) -> None:
     """What one node of a cluster finds out about itself; `darkroom doctor --cluster` calls it."""
+    from launch.cli_doctor import try_store
     from launch.node_check import check_node
     from launch.runtime import die_with_parent
     from launch.slurm_ranks import rank_environment
@@ -179,20 +174,3 @@ def progress_of(words: list[str]) -> int | None:
     except (ConfigError, DataError, IndexError):
         return None
     return None
-
-
-def try_store(url: str) -> None:
-    """Puts, gets and deletes a small file; raises what is wrong."""
-    import uuid
-
-    from data.object_store import open_store
-
-    store, key = open_store(url), f"darkroom-doctor-{uuid.uuid4().hex}"
-    store.put_bytes(key.encode(), key)
-    try:
-        with store.open_range(key) as file:
-            found = file.read()
-    finally:
-        store.delete(key)
-    if found != key.encode():
-        raise ValueError(f"{url} gives back something else than was put; ask whoever runs it")

@@ -32,7 +32,7 @@ def check_node(folder: Path, min_free_gib: float, timeout_s: float, try_store: C
     """
     who = ranks()
     node = os.environ.get("SLURMD_NODENAME") or platform.node()
-    facts = NodeFacts(node=node, rank=who.rank)
+    facts = NodeFacts(node=node, rank=who.rank, step_nodes=os.environ.get("SLURM_STEP_NODELIST", node))
     if who.local_rank == 0:
         problems = disk_problems(min_free_gib) + device_problems() + store_problems(try_store)
         facts = replace(facts, versions=versions(), problems=tuple(problems))

@@ -25,6 +25,7 @@ class NodeFacts:
 
     node: str
     rank: int
+    step_nodes: str = ""  # all nodes of the check, as SLURM writes them
     versions: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()  # found by the node itself: devices, disk, store
     clock_s: float | None = None  # s since 1970, taken by all at the same moment

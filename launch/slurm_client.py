@@ -50,6 +50,13 @@ def lost_nodes(nodes: Sequence[str]) -> tuple[str, ...]:
     return tuple(node for node in nodes if "*" in states.get(node, "") or states.get(node, "").startswith(_LOST))
 
 
+def idle_nodes(partition: str | None) -> list[str]:
+    """Nodes that wait for work."""
+    chosen = ["-p", partition] if partition else []
+    said = _run(["sinfo", "-h", "-N", "-t", "idle", *chosen, "-o", "%N"])
+    return sorted(set(said.split()))
+
+
 def job_nodes(env: Mapping[str, str]) -> tuple[str, ...]:
     """The nodes of the job that this process is in."""
     return tuple(expand_nodes(env["SLURM_JOB_NODELIST"]))

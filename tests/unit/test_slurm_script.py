@@ -76,9 +76,8 @@ def test_arrays_containers_and_torchrun() -> None:
     site = dataclasses.replace(SITE, container=Container(kind="pyxis", image="lab#darkroom:1", mounts=("/runs:/runs",)))
     script = render(pipeline("encode e.yaml", "encode", array=16), "encode", site, PLACE)
     assert "#SBATCH --array=0-15\n" in script and "#SBATCH --output=/runs/faces/encode/log-%a.txt\n" in script
-    assert (
-        "'--container-image=lab#darkroom:1' --container-mounts=/runs:/runs '--container-workdir=/lab/my runs'"
-        in (script.replace(" \\\n ", ""))
+    assert "'--container-image=lab#darkroom:1' --container-mounts=/runs:/runs '--container-workdir=/lab/my runs'" in (
+        script.replace(" \\\n ", "")
     )
     assert script.replace(" \\\n ", "").endswith("darkroom launch task --   encode e.yaml\n")
 
@@ -88,9 +87,7 @@ def test_arrays_containers_and_torchrun() -> None:
     script = render(pipeline("train dit x", nodes=2), "dit", site, PLACE)
     assert "#SBATCH --ntasks-per-node=1\n" in script and "#SBATCH --cpus-per-task=96\n" in script
     flat = script.replace(" \\\n ", "")
-    assert (
-        "apptainer exec --nv --bind /a:/b --pwd '/lab/my runs' d.sif darkroom launch task --torchrun 8 --" in flat
-    )
+    assert "apptainer exec --nv --bind /a:/b --pwd '/lab/my runs' d.sif darkroom launch task --torchrun 8 --" in flat
 
     export = render(pipeline("export runs/faces --out x", "export"), "export", site, PLACE)  # one process, one GPU
     assert "#SBATCH --gpus-per-node=1\n" in export and "--torchrun" not in export
