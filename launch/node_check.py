@@ -63,7 +63,10 @@ def versions() -> dict[str, str]:
 def disk_problems(min_free_gib: float) -> list[str]:
     """Folders with too little room, or none that can be written to."""
     found = []
-    for what, folder in (("temporary files", tempfile.gettempdir()), ("the working folder", os.getcwd())):
+    for what, folder in (
+        ("temporary files", os.environ.get("TMPDIR") or tempfile.gettempdir()),  # of a wrong one tempfile says nothing
+        ("the working folder", os.getcwd()),
+    ):
         try:
             free_gib = shutil.disk_usage(folder).free / 2**30
             with tempfile.NamedTemporaryFile(dir=folder):

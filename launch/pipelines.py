@@ -109,7 +109,7 @@ def _status(
         why = next((row[1] for row in alive if row[1] not in ("None", "")), "")
     else:
         state = "failed" if attempts else "not started"
-        why = "an earlier stage did not end well" if job and not attempts else ""
+        why = "its job was cancelled, or an earlier stage did not end well" if job and not attempts else ""
     plan = folder / PLAN
     cluster = from_dict(Plan, read_yaml(plan), str(plan)).cluster if plan.exists() else Cluster()
     failures: dict[str, int] = {}

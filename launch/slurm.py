@@ -89,12 +89,12 @@ def _options(pipeline: Pipeline, name: str, cluster: Cluster, ranks: int) -> lis
     options += [f"--partition={cluster.partition}"] if cluster.partition else []
     options += [f"--account={cluster.account}"] if cluster.account else []
     options += [f"--array=0-{stage.array - 1}"] if stage.array > 1 else []
-    options += [
-        f"--nodes={stage.nodes}" if fewest == stage.nodes else f"--nodes={fewest}-{stage.nodes}",
-        f"--ntasks-per-node={tasks}",
-    ]
-    if cluster.cpus_per_rank:
-        options.append(f"--cpus-per-task={cluster.cpus_per_rank * ranks // tasks}")
+    if fewest < stage.nodes:  # with a number of tasks SLURM may be content with fewer nodes than are free
+        options += [f"--nodes={fewest}-{stage.nodes}", f"--mincpus={ranks * (cluster.cpus_per_rank or 1)}"]
+    else:
+        options += [f"--nodes={stage.nodes}", f"--ntasks-per-node={tasks}"]
+        if cluster.cpus_per_rank:
+            options.append(f"--cpus-per-task={cluster.cpus_per_rank * ranks // tasks}")
     if cluster.gpus_per_node:
         options.append(f"--gpus-per-node={min(ranks, cluster.gpus_per_node)}")
     options += [

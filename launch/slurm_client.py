@@ -1,8 +1,10 @@
 """The few questions and orders that Darkroom has for SLURM's commands. They need no accounting database."""
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from launch.errors import ConfigError
 from launch.slurm_ranks import expand_nodes
@@ -60,6 +62,15 @@ def idle_nodes(partition: str | None) -> list[str]:
 def job_nodes(env: Mapping[str, str]) -> tuple[str, ...]:
     """The nodes of the job that this process is in."""
     return tuple(expand_nodes(env["SLURM_JOB_NODELIST"]))
+
+
+def why_stopped(job_id: str, restarts: int) -> Literal["requeued", "time limit", "cancelled"]:
+    """Why SLURM is ending a job that has been restarted so many times before."""
+    said = _run(["scontrol", "-o", "show", "job", job_id])
+    facts = dict(re.findall(r"(\w+)=(\S*)", said))
+    if int(facts.get("Restarts", "0")) > restarts:  # counted at once, for preemption and lost nodes too
+        return "requeued"
+    return "time limit" if facts.get("Reason") == "TimeLimit" else "cancelled"
 
 
 def requeue(job_id: str) -> None:

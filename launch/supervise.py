@@ -121,7 +121,17 @@ class Supervisor:
         for line in dict.fromkeys(path.read_text(encoding="utf-8") for path in sorted(folder.glob("rank-*.txt"))):
             say(line)
         down = slurm_client.lost_nodes(self.nodes) if code or self.was_stopped else ()
-        return judge(ends, code, self.was_stopped, down, len(self.nodes))
+        verdict = judge(ends, code, self.was_stopped, down, len(self.nodes))
+        if self.was_stopped and verdict.outcome == "preempted" and self._why_stopped() == "cancelled":
+            return Verdict(outcome="cancelled", why=verdict.why)
+        return verdict
+
+    def _why_stopped(self) -> str:
+        try:
+            return slurm_client.why_stopped(self.job_id, int(self.env.get("SLURM_RESTART_COUNT", "0")))
+        except ConfigError as error:
+            say(str(error))
+            return "requeued"
 
     def _step(self, command: Sequence[str], folder: Path, timeout_s: float | None = None) -> int:
         """Runs srun in a session of its own: SLURM signals the ranks, and srun must outlast them."""
@@ -139,7 +149,7 @@ class Supervisor:
         if decision.action == "end":
             return decision.code
         name = self.job_id
-        if not self.was_stopped or "TIMEOUT" in [row[0] for row in slurm_client.queue([name]).values()]:
+        if not self.was_stopped or self._why_stopped() == "time limit":
             _insist(lambda: slurm_client.requeue(name))
         if decision.wait_s:
             _insist(lambda: slurm_client.hold_back(name, decision.wait_s))

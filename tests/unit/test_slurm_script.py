@@ -22,7 +22,7 @@ GOLDEN = """\
 #SBATCH --job-name=faces.dit
 #SBATCH --partition=gpu
 #SBATCH --account=lab
-#SBATCH --nodes=2-4
+#SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --gpus-per-node=8
@@ -68,8 +68,14 @@ def pipeline(run: str, name: str = "dit", **more: Any) -> Pipeline:
 
 
 def test_a_script_reads_like_this() -> None:
-    plan = pipeline("train dit dit-2b-256 --run runs/faces data.shards=s3://lab/faces", nodes=4, min_nodes=2)
+    plan = pipeline("train dit dit-2b-256 --run runs/faces data.shards=s3://lab/faces", nodes=4)
     assert render(plan, "dit", SITE, PLACE) == GOLDEN
+
+
+def test_a_stage_that_takes_what_it_gets() -> None:
+    script = render(pipeline("train dit x", nodes=4, min_nodes=2), "dit", SITE, PLACE)
+    assert "#SBATCH --nodes=2-4\n#SBATCH --mincpus=96\n#SBATCH --gpus-per-node=8\n" in script
+    assert "#SBATCH --ntasks" not in script and "--ntasks-per-node=8 --cpus-per-task=12" in script
 
 
 def test_arrays_containers_and_torchrun() -> None:
