@@ -63,11 +63,11 @@ def render(pipeline: Pipeline, name: str, cluster: Cluster, place: Place) -> str
         raise ConfigError(str(error)) from None
     ranks = stage.ranks_on_node(cluster.gpus_per_node)
     lines = [
-        "#!/bin/bash",
+        "#!/bin/bash -l" if cluster.modules else "#!/bin/bash",  # a login shell knows `module`
         f"# Stage {name} of pipeline {pipeline.name}, written by `darkroom launch slurm`.",
         *(f"#SBATCH {option}" for option in _options(pipeline, name, cluster, ranks)),
         "",
-        "set -euo pipefail",
+        "set -eo pipefail",
         f"cd {shlex.quote(str(place.working_folder))}",
         *(f"module load {shlex.quote(module)}" for module in cluster.modules),
         *(f"export {key}={shlex.quote(value)}" for key, value in environment(cluster).items()),

@@ -64,13 +64,15 @@ def job_nodes(env: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(expand_nodes(env["SLURM_JOB_NODELIST"]))
 
 
-def why_stopped(job_id: str, restarts: int) -> Literal["requeued", "time limit", "cancelled"]:
-    """Why SLURM is ending a job that has been restarted so many times before."""
+def fate(job_id: str, restarts: int) -> Literal["requeued", "time limit", "cancelled", "running"]:
+    """What SLURM is doing with a job that had been restarted so many times when the caller began."""
     said = _run(["scontrol", "-o", "show", "job", job_id])
     facts = dict(re.findall(r"(\w+)=(\S*)", said))
     if int(facts.get("Restarts", "0")) > restarts:  # counted at once, for preemption and lost nodes too
         return "requeued"
-    return "time limit" if facts.get("Reason") == "TimeLimit" else "cancelled"
+    if facts.get("Reason") == "TimeLimit":
+        return "time limit"
+    return "running" if facts.get("JobState") == "RUNNING" else "cancelled"
 
 
 def requeue(job_id: str) -> None:

@@ -63,6 +63,7 @@ class Supervisor:
     def run(self) -> int:
         """Runs the attempt and arranges the next; returns the batch script's exit code."""
         signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGUSR1, lambda number, frame: None)  # meant for the ranks, if it comes here too
         self._close_lost_attempts()
         before = self.record.attempts()
         policy = self.plan.cluster.requeue
@@ -122,13 +123,14 @@ class Supervisor:
             say(line)
         down = slurm_client.lost_nodes(self.nodes) if code or self.was_stopped else ()
         verdict = judge(ends, code, self.was_stopped, down, len(self.nodes))
-        if self.was_stopped and verdict.outcome == "preempted" and self._why_stopped() == "cancelled":
+        if self.was_stopped and verdict.outcome not in ("done", "mistake") and self._fate() == "cancelled":
             return Verdict(outcome="cancelled", why=verdict.why)
         return verdict
 
-    def _why_stopped(self) -> str:
+    def _fate(self) -> str:
+        """What SLURM is doing with the job."""
         try:
-            return slurm_client.why_stopped(self.job_id, int(self.env.get("SLURM_RESTART_COUNT", "0")))
+            return slurm_client.fate(self.job_id, int(self.env.get("SLURM_RESTART_COUNT", "0")))
         except ConfigError as error:
             say(str(error))
             return "requeued"
@@ -149,7 +151,7 @@ class Supervisor:
         if decision.action == "end":
             return decision.code
         name = self.job_id
-        if not self.was_stopped or self._why_stopped() == "time limit":
+        if self._fate() != "requeued":  # it may be running elsewhere by now
             _insist(lambda: slurm_client.requeue(name))
         if decision.wait_s:
             _insist(lambda: slurm_client.hold_back(name, decision.wait_s))

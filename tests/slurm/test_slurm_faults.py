@@ -27,7 +27,7 @@ def undisturbed(long_recipe: Path) -> Path:
     return run
 
 
-def train(recipe: Path, run: Path, **more: object) -> dict[str, dict[str, object]]:
+def train(recipe: Path, run: object, **more: object) -> dict[str, dict[str, object]]:
     return {"dit": {"run": f"train dit {recipe} --run {run}", "nodes": 2, **more}}
 
 
@@ -90,42 +90,70 @@ def secret_is_nowhere(folders: list[Path]) -> None:
     assert done.stdout == ""
 
 
-def test_lost_node_then_killed_rank(
-    launched: Callable[..., Launched], cluster: SlurmCluster, long_recipe: Path, undisturbed: Path
+@pytest.mark.parametrize("place", [0, 1])
+def test_lost_node(
+    place: int, launched: Callable[..., Launched], cluster: SlurmCluster, long_recipe: Path, undisturbed: Path
 ) -> None:
-    """kill -9 of a slurmd: queued again, resumed, and the task it leaves behind ends; kill -9 of a rank: all end."""
-    run = long_recipe.with_name("torn")
+    """kill -9 of a slurmd, the first node's or the other's: resumed elsewhere, and what it leaves behind ends."""
+    run = long_recipe.with_name(f"lost-{place}")
     test = launched(train(long_recipe, run))
     test.submit()
     test.until("it has a checkpoint", lambda: rows(run) >= 70)
-    lost = test.attempts("dit")[0].nodes[1]
+    lost = test.attempts("dit")[0].nodes[place]
     orphans = test.pids("dit", lost)
     assert orphans
     cluster.kill_node(lost)
-    test.until("the first attempt has ended", lambda: test.attempts("dit")[0].outcome)
     test.until("another has begun", lambda: len(test.attempts("dit")) == 2)
-    cluster.start_node(lost)
-    test.until("nothing of the lost node's is left", lambda: not any(map(alive, orphans)))
-    start = test.attempts("dit")[1].progress or 0
-    assert start >= 50
-    first = test.attempts("dit")[0]
-    assert (first.outcome, first.failed_nodes) == ("lost", (lost,)) and first.why.startswith(f"SLURM lost {lost}")
+    try:
+        test.until("nothing of the lost node's is left", lambda: not any(map(alive, orphans)))
+        first, second = test.attempts("dit")
+        assert (first.outcome, first.failed_nodes) == ("lost", (lost,)) and first.why.startswith(f"SLURM lost {lost}")
+        assert lost not in second.nodes and (second.progress or 0) >= 50
+        assert test.until_over("dit")["state"] == "done"
+    finally:
+        cluster.start_node(lost)
+    assert [attempt.outcome for attempt in test.attempts("dit")] == ["lost", "done"]
+    assert test.stage("dit")["failures"] == {lost: 1}
+    same_curve_and_ledger(run, undisturbed)
+    test.until("no process is left", lambda: not cluster.job_processes())
 
-    test.until("the second attempt trains", lambda: rows(run) >= start + 60)
-    second = test.attempts("dit")[1]
+
+def test_killed_rank(
+    launched: Callable[..., Launched], cluster: SlurmCluster, long_recipe: Path, undisturbed: Path
+) -> None:
+    """kill -9 of a rank: all end within seconds, its node is named, and the next attempt resumes."""
+    run = long_recipe.with_name("killed")
+    test = launched(train(long_recipe, run))
+    test.submit()
+    test.until("it has a checkpoint", lambda: rows(run) >= 70)
+    first = test.attempts("dit")[0]
     ranks = test.pids("dit")
     victim = next(
         pid
-        for pid in test.pids("dit", second.nodes[1])
+        for pid in test.pids("dit", first.nodes[1])
         if b"launch\0task" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
     os.kill(victim, signal.SIGKILL)
     test.until("the whole step has ended", lambda: not any(map(alive, ranks)), limit_s=20)
     assert test.until_over("dit")["state"] == "done"
-    second, third = test.attempts("dit")[1:]
-    assert (second.outcome, second.failed_nodes) == ("failed", (second.nodes[1],))
-    assert second.why == f"rank 1 on {second.nodes[1]} was killed by signal 9"
-    assert third.outcome == "done"
-    assert test.stage("dit")["failures"] == {lost: 1} | {second.nodes[1]: 1 + (lost == second.nodes[1])}
+    first, second = test.attempts("dit")
+    assert (first.outcome, first.failed_nodes) == ("failed", (first.nodes[1],))
+    assert first.why == f"rank 1 on {first.nodes[1]} was killed by signal 9"
+    assert second.outcome == "done" and (second.progress or 0) >= 50
     same_curve_and_ledger(run, undisturbed)
     test.until("no process is left", lambda: not cluster.job_processes())
+
+
+def test_a_limit_without_a_signal_before_it(launched: Callable[..., Launched], long_recipe: Path) -> None:
+    """The limit itself ends the job; it is queued again all the same."""
+    run = long_recipe.with_name("overrun")
+    test = launched(train(long_recipe, f"{run} total_steps=9000"), sbatch_options=["--signal=CONT@1"])
+    test.submit()
+    test.until("it trains", lambda: rows(run) >= 20)
+    test.cluster.run("scontrol", "update", f"JobId={test.job('dit')}", "TimeLimit=1")
+    test.until("the first attempt has ended", lambda: test.attempts("dit")[0].outcome)
+    test.cluster.run("scontrol", "update", f"JobId={test.job('dit')}", "TimeLimit=30")
+    test.until("another has begun", lambda: len(test.attempts("dit")) == 2)
+    first, second = test.attempts("dit")
+    assert (first.outcome, first.why) == ("preempted", "SIGTERM: saved")
+    assert second.progress == first.progress_after and (second.progress or 0) >= 20

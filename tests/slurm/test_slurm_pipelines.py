@@ -102,7 +102,7 @@ def test_a_bad_node_is_left_out(launched: Callable[..., Launched], long_recipe: 
 
 
 def test_mistakes_end_and_failures_end_after_a_while(launched: Callable[..., Launched], tmp_path: Path) -> None:
-    failing = wrapper(tmp_path / "darkroom", 'if [ "$1" = export ]; then echo "no luck" >&2; exit 3; fi')
+    failing = wrapper(tmp_path / "darkroom", '[ "$1 $2 $4" = "launch task export" ] && exit 3')
     test = launched(
         {
             "mistake": {"run": "data ls /nowhere"},
@@ -130,6 +130,7 @@ def test_cancel_and_go_on(launched: Callable[..., Launched], long_recipe: Path, 
     cancelled = test.darkroom("launch", "cancel", test.root)
     assert cancelled.code == 0 and cancelled.out == "cancelled: dit, report\n"
     test.until("nothing is left", lambda: not test.cluster.job_processes())
+    test.until_over("dit")
     assert [test.stage(name)["state"] for name in ("dit", "report")] == ["failed", "not started"]
     assert test.attempts("dit")[0].outcome == "cancelled"
     before = max(row["step"] for row in read_metrics(run / "metrics.jsonl"))

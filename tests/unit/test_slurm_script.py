@@ -17,7 +17,7 @@ from launch.slurm import Place, render, seconds
 
 PLACE = Place(working_folder=Path("/lab/my runs"), darkroom="/opt/venv/bin/darkroom")
 GOLDEN = """\
-#!/bin/bash
+#!/bin/bash -l
 # Stage dit of pipeline faces, written by `darkroom launch slurm`.
 #SBATCH --job-name=faces.dit
 #SBATCH --partition=gpu
@@ -35,7 +35,7 @@ GOLDEN = """\
 #SBATCH --export=HOME,USER,LOGNAME,PATH,LANG,AWS_PROFILE
 #SBATCH --exclusive
 
-set -euo pipefail
+set -eo pipefail
 cd '/lab/my runs'
 module load cuda/12.8
 export PYTHONUNBUFFERED=1
