@@ -171,6 +171,6 @@ def progress_of(words: list[str]) -> int | None:
             given = [word.removeprefix("out=") for word in words if word.startswith("out=")]
             out = given[-1] if given else str(read_yaml(find_recipe(words[1])).get("out"))
             return sum(key.endswith(".tar") for key, _ in open_store(out).list())
-    except (ConfigError, DataError, IndexError):
+    except (ConfigError, DataError, IndexError, OSError):
         return None
     return None

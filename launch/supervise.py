@@ -91,7 +91,7 @@ class Supervisor:
         """Puts on record how an attempt ended whose own supervisor could not: it died with its node."""
         lost = [attempt for attempt in self.record.attempts() if attempt.outcome is None and attempt.id != self.id]
         for attempt in lost:
-            down = slurm_client.lost_nodes(attempt.nodes)
+            down = _lost(attempt.nodes)
             why = f"SLURM lost {', '.join(down)}" if down else "it left no word"
             self.record.end(attempt.id, "lost", why, down, self.progress())
         if lost:
@@ -121,7 +121,7 @@ class Supervisor:
         ends = rank_ends(folder)
         for line in dict.fromkeys(path.read_text(encoding="utf-8") for path in sorted(folder.glob("rank-*.txt"))):
             say(line)
-        down = slurm_client.lost_nodes(self.nodes) if code or self.was_stopped else ()
+        down = _lost(self.nodes) if code or self.was_stopped else ()
         verdict = judge(ends, code, self.was_stopped, down, len(self.nodes))
         if self.was_stopped and verdict.outcome not in ("done", "mistake") and self._fate() == "cancelled":
             return Verdict(outcome="cancelled", why=verdict.why)
@@ -161,6 +161,15 @@ class Supervisor:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.was_stopped = True
+
+
+def _lost(nodes: Sequence[str]) -> tuple[str, ...]:
+    """Nodes that SLURM has lost; none if it does not answer."""
+    try:
+        return slurm_client.lost_nodes(nodes)
+    except ConfigError as error:
+        say(str(error))
+        return ()
 
 
 def _insist(order: Callable[[], None]) -> None:
