@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from launch.attempts import Attempt, Outcome, RankEnd
@@ -101,6 +102,10 @@ def decide(attempts: Sequence[Attempt], policy: RequeuePolicy) -> Decision:
     idle = idle_attempts(attempts)
     if idle >= policy.give_up_after:
         why = f"{idle} attempts in a row without a new checkpoint (requeue.give_up_after)"
+        return Decision(action="end", code=1, exclude=nodes_out, why=why)
+    checks = list(takewhile(lambda attempt: attempt.outcome == "bad nodes", reversed(attempts)))
+    if len(checks) > 2 * policy.give_up_after:
+        why = f"{len(checks)} attempts in a row found bad nodes (requeue.give_up_after)"
         return Decision(action="end", code=1, exclude=nodes_out, why=why)
     wait_s = 0
     if last.outcome in ("failed", "lost"):

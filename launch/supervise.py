@@ -113,6 +113,8 @@ class Supervisor:
         if not found:
             return None
         why = "; ".join(f"{node}: {', '.join(reasons)}" for node, reasons in found.items())
+        if len(found) == len(self.nodes):  # the store or the network, say: there is nowhere else to go
+            return Verdict(outcome="failed", why=f"no node is good: {why}")
         return Verdict(outcome="bad nodes", why=why, failed_nodes=tuple(found))
 
     def _attempt(self, folder: Path) -> Verdict:

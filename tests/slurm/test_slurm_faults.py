@@ -121,9 +121,9 @@ def test_lost_node(
 def test_killed_rank(
     launched: Callable[..., Launched], cluster: SlurmCluster, long_recipe: Path, undisturbed: Path
 ) -> None:
-    """kill -9 of a rank: all end within seconds, its node is named, and the next attempt resumes."""
+    """kill -9 of a rank: all end within seconds, its node is named and left out, and the next attempt resumes."""
     run = long_recipe.with_name("killed")
-    test = launched(train(long_recipe, run))
+    test = launched(train(long_recipe, run), requeue={"backoff_s": 1, "exclude_node_after": 1})
     test.submit()
     test.until("it has a checkpoint", lambda: rows(run) >= 70)
     first = test.attempts("dit")[0]
@@ -140,6 +140,7 @@ def test_killed_rank(
     assert (first.outcome, first.failed_nodes) == ("failed", (first.nodes[1],))
     assert first.why == f"rank 1 on {first.nodes[1]} was killed by signal 9"
     assert second.outcome == "done" and (second.progress or 0) >= 50
+    assert first.nodes[1] not in second.nodes and test.stage("dit")["excluded"] == [first.nodes[1]]
     same_curve_and_ledger(run, undisturbed)
     test.until("no process is left", lambda: not cluster.job_processes())
 

@@ -86,6 +86,8 @@ def attempts(*outcomes: tuple[str, int, int] | tuple[str, int, int, str]) -> lis
         ([("failed", 0, 5, "n2"), ("failed", 5, 9, "n1")], "requeue", 0, 10, ()),
         # One that failed its check is out at once, and the check costs no attempt.
         ([("failed", 0, 0), ("failed", 0, 0), ("bad nodes", 0, 0, "n1")], "requeue", 0, 0, ("n1",)),
+        ([("bad nodes", 0, 0, f"n{number}") for number in range(6)], "requeue", 0, 0, tuple(f"n{n}" for n in range(6))),
+        ([("bad nodes", 0, 0, "n1")] * 7, "end", 1, 0, ("n1",)),
     ],
 )
 def test_what_becomes_of_the_stage(history, action, code, wait_s, exclude) -> None:
