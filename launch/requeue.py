@@ -77,10 +77,15 @@ def excluded(attempts: Sequence[Attempt], policy: RequeuePolicy) -> tuple[str, .
     return tuple(sorted(often | refused))
 
 
-def idle_attempts(attempts: Sequence[Attempt]) -> int:
-    """Attempts since the last one that brought a new checkpoint; those that only checked the nodes do not count."""
+def of_job(attempts: Sequence[Attempt], job: str) -> list[Attempt]:
+    """The attempts of one submission: patience begins anew with each."""
+    return [attempt for attempt in attempts if attempt.id.rpartition("-")[0] == job]
+
+
+def idle_attempts(attempts: Sequence[Attempt], job: str) -> int:
+    """A job's attempts since the last one that brought a new checkpoint; those that only checked nodes do not count."""
     count = 0
-    for attempt in reversed(attempts):
+    for attempt in reversed(of_job(attempts, job)):
         if attempt.outcome is None or attempt.outcome in ("bad nodes", "cancelled"):
             continue
         if attempt.has_progressed:
@@ -99,11 +104,12 @@ def decide(attempts: Sequence[Attempt], policy: RequeuePolicy) -> Decision:
     if last.outcome == "cancelled":
         return Decision(action="end", code=1, why="cancelled")
     nodes_out = excluded(attempts, policy)
-    idle = idle_attempts(attempts)
+    job = last.id.rpartition("-")[0]
+    idle = idle_attempts(attempts, job)
     if idle >= policy.give_up_after:
         why = f"{idle} attempts in a row without a new checkpoint (requeue.give_up_after)"
         return Decision(action="end", code=1, exclude=nodes_out, why=why)
-    checks = list(takewhile(lambda attempt: attempt.outcome == "bad nodes", reversed(attempts)))
+    checks = list(takewhile(lambda attempt: attempt.outcome == "bad nodes", reversed(of_job(attempts, job))))
     if len(checks) > 2 * policy.give_up_after:
         why = f"{len(checks)} attempts in a row found bad nodes (requeue.give_up_after)"
         return Decision(action="end", code=1, exclude=nodes_out, why=why)

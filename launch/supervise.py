@@ -67,7 +67,7 @@ class Supervisor:
         self._close_lost_attempts()
         before = self.record.attempts()
         policy = self.plan.cluster.requeue
-        if (idle := idle_attempts(before)) >= policy.give_up_after:
+        if (idle := idle_attempts(before, self.job_id)) >= policy.give_up_after:
             say(f"not started: {idle} attempts in a row without a new checkpoint (requeue.give_up_after)")
             return 1
         attempt = Attempt(id=self.id, nodes=self.nodes, started_s=round(time.time(), 3), progress=self.progress())
@@ -77,6 +77,8 @@ class Supervisor:
             verdict = Verdict(outcome="bad nodes", why="excluded", failed_nodes=tuple(sorted(unwanted)))
         else:
             verdict = self._check_nodes(folder) or self._attempt(folder)
+        if self.was_stopped and verdict.outcome not in ("done", "mistake") and self._fate() == "cancelled":
+            verdict = Verdict(outcome="cancelled", why=verdict.why)
         if self.record.owner() != self.id:  # SLURM lost this node and started the job elsewhere
             say(f"attempt {self.id} was replaced by {self.record.owner()}")
             return 1
@@ -123,11 +125,8 @@ class Supervisor:
         ends = rank_ends(folder)
         for line in dict.fromkeys(path.read_text(encoding="utf-8") for path in sorted(folder.glob("rank-*.txt"))):
             say(line)
-        down = _lost(self.nodes) if code or self.was_stopped else ()
-        verdict = judge(ends, code, self.was_stopped, down, len(self.nodes))
-        if self.was_stopped and verdict.outcome not in ("done", "mistake") and self._fate() == "cancelled":
-            return Verdict(outcome="cancelled", why=verdict.why)
-        return verdict
+        is_whole = code == 0 and not any(end.code for end in ends)
+        return judge(ends, code, self.was_stopped, () if is_whole else _lost(self.nodes), len(self.nodes))
 
     def _fate(self) -> str:
         """What SLURM is doing with the job."""

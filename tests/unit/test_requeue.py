@@ -95,6 +95,14 @@ def test_what_becomes_of_the_stage(history, action, code, wait_s, exclude) -> No
     assert (decision.action, decision.code, decision.wait_s, decision.exclude) == (action, code, wait_s, exclude)
 
 
+def test_a_new_submission_has_new_patience_and_an_old_memory() -> None:
+    history = attempts(("failed", 0, 0, "n1"), ("failed", 0, 0), ("failed", 0, 0, "n1"))
+    assert decide(history, POLICY).action == "end"
+    again = replace(history[0], id="2-0", failed_nodes=())
+    assert decide([*history, again], POLICY).action == "requeue"
+    assert decide([*history, again], POLICY).exclude == ("n1",)
+
+
 def test_waits_are_bounded_and_nodes_may_stay() -> None:
     patient = replace(POLICY, give_up_after=100)
     assert decide(attempts(*[("failed", 0, 0)] * 60), patient).wait_s == 25
