@@ -51,11 +51,14 @@ class Supervisor:
         self, folder: Path, srun: Sequence[str], progress: Callable[[], int | None], env: Mapping[str, str]
     ) -> None:
         self.plan = from_dict(Plan, read_yaml(folder / PLAN), str(folder / PLAN))
-        self.record = Record(folder / env["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID" in env else folder)
+        self.record = Record(folder / env.get("SLURM_ARRAY_TASK_ID", ""))
         self.srun = list(srun)
         self.progress = progress
         self.env = env
         self.job_id = env["SLURM_JOB_ID"]
+        # One task of an array may have the array's own number: an order to that would be one to all tasks.
+        is_task = "SLURM_ARRAY_TASK_ID" in env
+        self.name = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if is_task else self.job_id
         self.id = f"{self.job_id}-{env.get('SLURM_RESTART_COUNT', '0')}"
         self.nodes = slurm_client.job_nodes(env)
         self.was_stopped = False
@@ -131,7 +134,7 @@ class Supervisor:
     def _fate(self) -> str:
         """What SLURM is doing with the job."""
         try:
-            return slurm_client.fate(self.job_id, int(self.env.get("SLURM_RESTART_COUNT", "0")))
+            return slurm_client.fate(self.name, int(self.env.get("SLURM_RESTART_COUNT", "0")))
         except ConfigError as error:
             say(str(error))
             return "requeued"
@@ -151,13 +154,12 @@ class Supervisor:
         """Queues the job again or lets it end; returns the exit code."""
         if decision.action == "end":
             return decision.code
-        name = self.job_id
         if self._fate() != "requeued":  # it may be running elsewhere by now
-            _insist(lambda: slurm_client.requeue(name))
+            _insist(lambda: slurm_client.requeue(self.name))
         if decision.wait_s:
-            _insist(lambda: slurm_client.hold_back(name, decision.wait_s))
+            _insist(lambda: slurm_client.hold_back(self.name, decision.wait_s))
         if decision.exclude:
-            _insist(lambda: slurm_client.exclude(name, decision.exclude))
+            _insist(lambda: slurm_client.exclude(self.name, decision.exclude))
         return EXIT_PREEMPTED
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -122,6 +122,17 @@ def test_mistakes_end_and_failures_end_after_a_while(launched: Callable[..., Lau
     assert test.cluster.job(test.job("mistake"))["ExitCode"] == "2:0"
 
 
+def test_tasks_of_an_array_are_queued_again_one_by_one(launched: Callable[..., Launched], tmp_path: Path) -> None:
+    """Task 2, which SLURM gives the array's own number, fails once and task 0 twice; nobody else is disturbed."""
+    failing = 'case "$SLURM_ARRAY_TASK_ID/$SLURM_RESTART_COUNT" in 0/|0/1|2/) exit 3;; *) exit 0;; esac'
+    body = f'if [ "$1 $2 $4" = "launch task encode" ]; then {failing}; fi'
+    test = launched({"encode": {"run": "encode x", "array": 3}}, darkroom=str(wrapper(tmp_path / "darkroom", body)))
+    test.submit()
+    test.until("it is done", lambda: test.stage("encode")["state"] == "done")
+    tries = [[attempt.outcome for attempt in test.attempts(f"encode/{task}")] for task in range(3)]
+    assert tries == [["failed", "failed", "done"], ["done"], ["failed", "done"]]
+
+
 def test_cancel_and_go_on(launched: Callable[..., Launched], long_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     test = launched({"dit": {"run": short(long_recipe, run), "nodes": 2}, "report": {"run": f"report {run}"}})
