@@ -38,6 +38,10 @@ class Verdict:
             `refused` ones (records), those `to_come`, those met `twice` or more often, and `missing` ones, which the
             run went past.
         problems: What is wrong with the record, one line each; of each kind no more than NAMED.
+        passed_over: Consumed, but without effect on the weights: ranges [first, end) of steps and of micro-batches
+            whose updates the run undid when it went back to a checkpoint, and how many samples that are.
+        skipped_steps: Steps without an update, whose samples the run directory's bad_steps-*.jsonl names. Like
+            `passed_over` as the newest commit counts them, and no fault of the record.
         num_samples: Samples that were not met exactly once and in their turn.
         samples: The first NAMED of them.
     """
@@ -47,6 +51,8 @@ class Verdict:
     attempts: list[dict[str, Any]]
     data_sets: list[dict[str, Any]]
     epochs: list[dict[str, Any]]
+    passed_over: list[dict[str, Any]]
+    skipped_steps: int
     problems: list[str]
     num_samples: int
     samples: list[str]
@@ -93,7 +99,8 @@ def check_ledger(folder: Path, shards: Sequence[str] = (), checkpoints: str | No
         plan = make_plan(attempts[-1], shards)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder / ATTEMPTS}: attempt {attempts[-1].attempt} is damaged; restore the file") from error
-    spans = _spans(attempts, files, _committed(checkpoints) if checkpoints else 0)
+    state = _newest_state(checkpoints) if checkpoints else {}
+    spans = _spans(attempts, files, state.get("counters", {}).get("micro_batches", 0))
     reader = _Reader(files, spans, plan)
     judge = Judge(plan=plan)
     for begin, end, record in reader.pieces():
@@ -118,21 +125,36 @@ def check_ledger(folder: Path, shards: Sequence[str] = (), checkpoints: str | No
             {"set": number, "url": index.url, "samples": index.num_samples} for number, index in enumerate(plan.indexes)
         ],
         epochs=_epoch_rows(plan, judge, odd),
+        passed_over=_passed_over(state, plan),
+        skipped_steps=state.get("step_policy", {}).get("skipped_steps", 0),
         problems=problems + reader.problems + _number_problems(spans, judge) + _unjudged_problems(judge),
         num_samples=len(odd.missing) + len(odd.twice) + len(odd.misplaced),
         samples=_name(plan, odd),
     )
 
 
-def _committed(checkpoints: str) -> int:
-    """How many micro-batches the newest readable commit counts, 0 without commits."""
+def _newest_state(checkpoints: str) -> dict[str, Any]:
+    """The training state of the newest readable commit, {} without commits."""
     store = open_store(checkpoints)
     for step in reversed(list_commits(store)):
         try:
-            return int(read_manifest(store, step).meta["state"]["counters"]["micro_batches"])
-        except (DataError, KeyError, TypeError):
+            state = read_manifest(store, step).meta["state"]
+            int(state["counters"]["micro_batches"])
+        except (DataError, KeyError, TypeError, ValueError):
             continue  # a resume falls back to an older one, too
-    return 0
+        return dict(state)
+    return {}
+
+
+def _passed_over(state: dict[str, Any], plan: Plan) -> list[dict[str, Any]]:
+    """What the run consumed and then went back behind. A step always takes the same number of micro-batches."""
+    rows = []
+    for first, end in state.get("step_policy", {}).get("passed_over", ()):
+        per_step = state["counters"]["micro_batches"] // state["counters"]["step"]
+        micro_batches = [first * per_step, end * per_step]
+        samples = (end - first) * per_step * plan.micro_batch_size
+        rows.append({"steps": [first, end], "micro_batches": micro_batches, "samples": samples})
+    return rows
 
 
 # --- the record that counts ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import io
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +13,8 @@ from data.errors import DataError
 
 TEMP_PREFIX = ".tmp-"
 COPY_BYTES = 1 << 20
+
+Buffer = bytes | memoryview  # of bytes: format "B"
 
 
 def checked_key(key: str) -> str:
@@ -54,11 +56,15 @@ class LocalStore:
             temp.unlink(missing_ok=True)
 
     def put_bytes(self, data: bytes, key: str) -> None:
+        self.put_parts([data], key)
+
+    def put_parts(self, parts: Sequence[Buffer], key: str) -> None:
         temp = self._temp(key)
         try:
             with _errors(self.root / key):
                 with temp.open("wb") as out:
-                    out.write(data)
+                    for part in parts:
+                        out.write(part)
                     _flush(out)
                 self._rename(temp, key)
         finally:
@@ -99,6 +105,20 @@ class LocalStore:
         path = self.root / checked_key(key)
         with _errors(path):
             path.unlink(missing_ok=True)
+        with suppress(OSError):  # folders exist only as long as something is in them, as in a bucket
+            for folder in path.relative_to(self.root).parents[:-1]:
+                (self.root / folder).rmdir()
+
+    def sweep(self, began_before_s: float) -> int:
+        swept = 0
+        for parent, _, names in os.walk(self.root):
+            for name in names:
+                path = Path(parent, name)
+                with suppress(OSError):  # somebody else was faster
+                    if name.startswith(TEMP_PREFIX) and path.stat().st_mtime < began_before_s:
+                        path.unlink()
+                        swept += 1
+        return swept
 
     def _existing(self, key: str) -> Path:
         path = self.root / checked_key(key)

@@ -8,6 +8,8 @@ lists each file with its size and SHA-256 and is put only if absent: the first w
 import hashlib
 import json
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,9 +17,14 @@ from data.errors import DataError
 from data.local_store import COPY_BYTES, checked_key
 from data.object_store import Store, join
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+DELETE_THREADS = 8
 MANIFEST = "manifest.json"
 _COMMIT = re.compile(r"step-(\d{8})/manifest\.json")
+
+
+class DamagedCommit(DataError):
+    """A manifest that cannot be what was written, in contrast to a store that does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,7 @@ def write_manifest(store: Store, folder: str, manifest: Manifest) -> bool:
         raise ValueError(f"folder {folder!r} is not that of step {manifest.step}: {step_folder(manifest.step)!r}")
     for key in manifest.files:
         checked_key(key)
-    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(manifest)}, indent=1, sort_keys=True)
+    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(manifest)}, separators=(",", ":"))
     return store.put_if_absent(text.encode(), f"{folder}/{MANIFEST}")
 
 
@@ -67,47 +74,60 @@ def read_manifest(store: Store, step: int) -> Manifest:
     """Reads the manifest of a step.
 
     Raises:
-        DataError: there is none, it is damaged, or a newer format.
+        DamagedCommit: it is not what was written.
+        DataError: there is none, the store does not answer, or it has another format.
     """
     key = f"{step_folder(step)}/{MANIFEST}"
+    place = join(store.url, key)
     with store.open_range(key) as file:
         data = file.read()
     try:
         fields = json.loads(data)
         version = fields.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{join(store.url, key)}: format {version}, this version reads {FORMAT_VERSION}; update darkroom"
-            )
         files = {checked_key(name): FileEntry(**entry) for name, entry in fields.pop("files").items()}
         manifest = Manifest(files=files, **fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, DataError) and str(error).startswith(store.url):
-            raise
-        raise DataError(f"{join(store.url, key)}: damaged manifest; restore it or use another checkpoint") from error
+        raise DamagedCommit(f"{place}: damaged manifest; restore it or use another checkpoint") from error
+    if version != FORMAT_VERSION:
+        remedy = "update darkroom" if version > FORMAT_VERSION else "go on with the version that wrote it"
+        raise DataError(f"{place}: format {version}, this version reads {FORMAT_VERSION}; {remedy}")
     if manifest.step != step:
-        raise DataError(f"{join(store.url, key)}: speaks of step {manifest.step}; restore it or use another checkpoint")
+        raise DamagedCommit(f"{place}: speaks of step {manifest.step}; restore it or use another checkpoint")
     return manifest
 
 
-def verify(store: Store, step: int, manifest: Manifest) -> list[str]:
-    """Compares every file of the step with its manifest, to the last byte.
+def verify(store: Store, step: int, manifest: Manifest, keys: Iterable[str] | None = None) -> list[str]:
+    """Compares the files of the step with its manifest, to the last byte.
+
+    Args:
+        store: of the checkpoints folder.
+        step: the manifest's.
+        manifest: what the files must be.
+        keys: only these of its files; None = all.
 
     Returns:
         One line per missing or damaged file; empty if all is well.
+
+    Raises:
+        DataError: the store does not answer.
     """
-    folder = step_folder(step)
-    sizes = dict(store.list(f"{folder}/"))
+    sizes = dict(store.list(f"{step_folder(step)}/"))
     problems = []
-    for name, entry in sorted(manifest.files.items()):
-        key = f"{folder}/{name}"
-        address = join(store.url, key)
+    for name in sorted(manifest.files if keys is None else keys):
+        key = f"{step_folder(step)}/{name}"
+        entry, address = manifest.files[name], join(store.url, key)
         if key not in sizes:
             problems.append(f"{address}: missing")
         elif sizes[key] != entry.size_bytes:
             problems.append(f"{address}: has {sizes[key]} bytes, the manifest says {entry.size_bytes}")
-        elif (found := file_sha256(store, key)) != entry.sha256:
-            problems.append(f"{address}: SHA-256 is {found[:12]}…, the manifest says {entry.sha256[:12]}…")
+        else:
+            try:
+                found = file_sha256(store, key)
+            except OSError as error:  # a disk that cannot read it any more
+                problems.append(f"{address}: {error.strerror}")
+                continue
+            if found != entry.sha256:
+                problems.append(f"{address}: SHA-256 is {found[:12]}…, the manifest says {entry.sha256[:12]}…")
     return problems
 
 
@@ -115,29 +135,52 @@ def newest_verified(store: Store) -> tuple[int, Manifest, list[str]] | None:
     """Finds the newest commit whose files all verify.
 
     Returns:
-        (step, manifest, complaints about newer commits that had to be passed over), or None if the store is empty.
+        (step, manifest, complaints about newer commits that had to be passed over), or None if there is no step at all.
 
     Raises:
-        DataError: the store holds files but no valid commit; starting anew over them must be the user's decision.
+        DataError: there are files of steps but no valid commit; starting anew over them must be the user's decision.
     """
     complaints: list[str] = []
     for step in reversed(list_commits(store)):
         try:
             manifest = read_manifest(store, step)
-        except DataError as error:
+        except DamagedCommit as error:
             complaints.append(str(error))
             continue
         problems = verify(store, step, manifest)
         if not problems:
             return step, manifest, complaints
         complaints += problems
-    found = len(store.list())
+    found = len(store.list("step-"))
     if not found:
         return None
+    raise no_valid_commit(store, found, complaints)
+
+
+def no_valid_commit(store: Store, num_files: int, complaints: list[str]) -> DataError:
+    """The refusal of a place where something was saved and nothing of it is whole."""
     first = f" ({complaints[0]})" if complaints else ""
-    raise DataError(
-        f"{store.url}: {found} files but no valid checkpoint{first}; restore one, or move the folder away to start anew"
-    )
+    remedy = "restore one, or move the folder away to start anew"
+    return DataError(f"{store.url}: {num_files} files but no valid checkpoint{first}; {remedy}")
+
+
+def superfluous(steps: Iterable[int], keep_last: int, keep_every: int) -> list[int]:
+    """The steps that retention gives up: all but the last `keep_last` and the multiples of `keep_every` (0 = none)."""
+    ordered = sorted(steps)
+    return [step for step in ordered[: max(0, len(ordered) - keep_last)] if not keep_every or step % keep_every]
+
+
+def delete_commit(store: Store, step: int) -> None:
+    """Deletes a step, the manifest first, so that it is never half there."""
+    store.delete(f"{step_folder(step)}/{MANIFEST}")
+    delete_files(store, [key for key, _ in store.list(f"{step_folder(step)}/")])
+
+
+def delete_files(store: Store, keys: Iterable[str]) -> None:
+    """Deletes many files, several at a time. Raises DataError when one of them cannot be deleted."""
+    with ThreadPoolExecutor(DELETE_THREADS) as pool:
+        for _ in pool.map(store.delete, keys):
+            pass
 
 
 def file_sha256(store: Store, key: str) -> str:

@@ -7,12 +7,13 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from data.errors import DataError
-from data.local_store import COPY_BYTES, TEMP_PREFIX, LocalStore, checked_key
+from data.local_store import COPY_BYTES, TEMP_PREFIX, Buffer, LocalStore, checked_key
 from data.s3_store import S3Store
 
 __all__ = ["LocalStore", "S3Store", "Store", "fetch_tree", "is_local", "join", "open_store", "put_tree"]
@@ -39,6 +40,10 @@ class Store(Protocol):
         """Stores `data` under `key`: whole or not at all, replacing what was there."""
         ...
 
+    def put_parts(self, parts: Sequence[Buffer], key: str) -> None:
+        """Stores the bytes of `parts`, one behind the other, like `put_bytes`; large ones are not copied as a whole."""
+        ...
+
     def put_if_absent(self, data: bytes, key: str) -> bool:
         """Stores `data` unless the key exists. True if the key now holds exactly `data` (also if it did before)."""
         ...
@@ -53,6 +58,10 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Deletes the file; an absent one is fine."""
+        ...
+
+    def sweep(self, began_before_s: float) -> int:
+        """Removes what unfinished puts left behind that began before this time (s since the epoch); how many."""
         ...
 
 

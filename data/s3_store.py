@@ -3,19 +3,25 @@
 import io
 import os
 import re
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.errors import DataError
-from data.local_store import COPY_BYTES, checked_key
+from data.local_store import COPY_BYTES, Buffer, checked_key
 from data.s3_client import WrongAnswer, call, current_client, part_checksum, persist
 
 PART_BYTES = 16 << 20  # of a multipart put; also its threshold
 MAX_PARTS = 10_000  # S3's limit; a file of more parts than that gets larger ones
 PUT_THREADS = 4  # parts of one put on their way, each held in memory
 ABORT_PATIENCE_S = 5.0  # for the tidying up after a failed put
+CLOCK_SKEW_S = 900.0  # between this machine and the store; more, and the store refuses signatures
+
+Read = Callable[[int, int], bytes]  # from a byte on, so many of them
 
 
 class S3Store:
@@ -39,17 +45,30 @@ class S3Store:
         return int(self._do("head_object", key)["ContentLength"])
 
     def put_file(self, path: Path, key: str) -> None:
-        sent = Path(path).stat().st_size
-        if sent <= PART_BYTES:
-            self._do("put_object", key, Body=Path(path).read_bytes())
-        elif not self._put_parts(path, sent, key) and not self._put_parts(path, sent, key):
-            raise DataError(f"{self.address(key)}: the store forgot the parts that were put, twice; check its log")
-        stored = self.size(key)
-        if stored != sent:
-            raise DataError(f"{self.address(key)}: {stored} bytes arrived, {sent} were sent; try again")
+        with Path(path).open("rb") as file:
+
+            def read(start: int, length: int) -> bytes:
+                data = os.pread(file.fileno(), length, start)
+                if len(data) != length:
+                    raise DataError(f"{path}: changed its size while it was put; leave it alone and try again")
+                return data
+
+            self._put(read, Path(path).stat().st_size, key)
 
     def put_bytes(self, data: bytes, key: str) -> None:
         self._do("put_object", key, Body=data)
+
+    def put_parts(self, parts: Sequence[Buffer], key: str) -> None:
+        ends = list(accumulate(len(part) for part in parts))
+
+        def read(start: int, length: int) -> bytes:
+            pieces = []
+            for part, end in zip(parts, ends, strict=True):
+                begin = end - len(part)
+                pieces.append(part[max(0, start - begin) : max(0, start + length - begin)])
+            return b"".join(pieces)
+
+        self._put(read, ends[-1] if ends else 0, key)
 
     def put_if_absent(self, data: bytes, key: str) -> bool:
         if self._do("put_object", key, passing=(412,), Body=data, IfNoneMatch="*") is not None:
@@ -82,6 +101,23 @@ class S3Store:
     def delete(self, key: str) -> None:
         self._do("delete_object", key)
 
+    def sweep(self, began_before_s: float) -> int:
+        # The store's clock says when an upload began; one that differs more from ours would refuse our requests.
+        began_before = datetime.fromtimestamp(began_before_s - CLOCK_SKEW_S, UTC)
+        swept = 0
+        marks: dict[str, Any] = {}
+        while True:
+            page = self._list_uploads(marks)
+            for upload in page.get("Uploads", []):
+                if upload["Initiated"] < began_before:
+                    key = upload["Key"].removeprefix(self.prefix)
+                    self._do("abort_multipart_upload", key, (404,), ABORT_PATIENCE_S, UploadId=upload["UploadId"])
+                    swept += 1
+            further = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
+            if not page.get("IsTruncated") or further == marks:
+                return swept
+            marks = further
+
     def address(self, key: str) -> str:
         """Returns the full address of `key`."""
         return f"{self.url}/{key}"
@@ -90,6 +126,10 @@ class S3Store:
         parameters = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
         further = {"ContinuationToken": token} if token else {}
         return persist(self.url, lambda client: client.list_objects_v2(**parameters, **further))
+
+    def _list_uploads(self, marks: dict[str, Any]) -> Any:
+        place = {"Bucket": self.bucket, "Prefix": self.prefix, **marks}
+        return persist(self.url, lambda client: client.list_multipart_uploads(**place), ABORT_PATIENCE_S)
 
     def _do(
         self,
@@ -102,8 +142,17 @@ class S3Store:
         parameters |= {"Bucket": self.bucket, "Key": self.prefix + checked_key(key)}
         return persist(self.address(key), lambda client: call(client, operation, passing, **parameters), patience_s)
 
-    def _put_parts(self, path: Path, size: int, key: str) -> bool:
-        """Stores a large file in parts. False if in the end the store knows nothing of the upload.
+    def _put(self, read: Read, size: int, key: str) -> None:
+        if size <= PART_BYTES:
+            self._do("put_object", key, Body=read(0, size))
+        elif not self._put_in_parts(read, size, key) and not self._put_in_parts(read, size, key):
+            raise DataError(f"{self.address(key)}: the store forgot the parts that were put, twice; check its log")
+        stored = self.size(key)
+        if stored != size:
+            raise DataError(f"{self.address(key)}: {stored} bytes arrived, {size} were sent; try again")
+
+    def _put_in_parts(self, read: Read, size: int, key: str) -> bool:
+        """Stores much in parts. False if in the end the store knows nothing of the upload.
 
         That is what it may say to a completion sent again because the answer to the first was lost.
         """
@@ -113,15 +162,13 @@ class S3Store:
 
         def put_part(number: int) -> dict[str, Any]:
             start = (number - 1) * part_bytes
-            data = os.pread(file.fileno(), part_bytes, start)
-            if len(data) != min(part_bytes, size - start):
-                raise DataError(f"{path}: changed its size while it was put; leave it alone and try again")
+            data = read(start, min(part_bytes, size - start))
             answer = self._do("upload_part", key, UploadId=upload_id, PartNumber=number, Body=data, **checksum)
             fields = {name: answer[name] for name in ("ETag", "ChecksumCRC32") if name in answer}
             return {"PartNumber": number, **fields}
 
         try:
-            with Path(path).open("rb") as file, ThreadPoolExecutor(PUT_THREADS) as pool:
+            with ThreadPoolExecutor(PUT_THREADS) as pool:
                 parts = list(pool.map(put_part, range(1, -(-size // part_bytes) + 1)))
             whole: dict[str, Any] = {"UploadId": upload_id, "MultipartUpload": {"Parts": parts}}
             return self._do("complete_multipart_upload", key, passing=(404,), **whole) is not None

@@ -3,13 +3,11 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from data.manifest import Manifest, newest_verified, read_manifest, verify
+from data.commit import Commit
+from data.manifest import newest_verified, read_manifest, verify
 from data.object_store import fetch_tree, join, open_store
 from eval.errors import EvalError
 from models.artifact import config_from_dict, load_weights
@@ -77,7 +75,7 @@ def _open_artifact(url: str) -> OpenedModel:
 
 
 def _open_checkpoint(url: str) -> OpenedModel:
-    """Averaged weights of a commit, with the frozen networks that the run keeps beside its checkpoints."""
+    """Averaged weights of a commit, with the frozen networks that the run keeps with or beside its checkpoints."""
     checkpoints, _, folder = url.rstrip("/").rpartition("/")
     run, _, _ = checkpoints.rpartition("/")
     if not folder.startswith(STEP_PREFIX) or not folder.removeprefix(STEP_PREFIX).isdigit():
@@ -85,35 +83,22 @@ def _open_checkpoint(url: str) -> OpenedModel:
     step = int(folder.removeprefix(STEP_PREFIX))
     store = open_store(checkpoints)
     manifest = read_manifest(store, step)
-    problems = verify(store, step, manifest)
-    if problems:
-        raise EvalError(f"{problems[0]}; restore the file or use another checkpoint")
     parts = manifest.meta.get("state", {}).get("pipeline")
     if parts is None:
         raise EvalError(f"{url} is a checkpoint of no text-to-image model; name one of a `train dit` run")
+    commit, group = Commit(store, manifest), parts["weights"]
+    if not commit.shapes(group):
+        raise EvalError(f"{url} holds no weights of group {group!r}; use another checkpoint")
+    problems = verify(store, step, manifest, commit.files(group))
+    if problems:
+        raise EvalError(f"{problems[0]}; restore the file or use another checkpoint")
     dit = DiT(config_from_dict(DiTConfig, parts["dit"], url))
-    load_weights(dit, _read_group(fetch_tree(url), manifest, parts["weights"]), url)
-    autoencoder, _ = load_autoencoder(fetch_tree(join(run, "frozen", "autoencoder")))
-    conditioner = Conditioner.load(fetch_tree(join(run, "frozen", "text_encoders")))
+    load_weights(dit, {name: torch.from_numpy(array) for name, array in commit.group(group).items()}, url)
+    frozen = join(checkpoints, "run", "frozen") if store.list("run/frozen/") else join(run, "frozen")
+    autoencoder, _ = load_autoencoder(fetch_tree(join(frozen, "autoencoder")))
+    conditioner = Conditioner.load(fetch_tree(join(frozen, "text_encoders")))
     diffusion = config_from_dict(DiffusionConfig, parts["diffusion"], url)
     pipeline = TextToImage(autoencoder, dit, conditioner, diffusion, parts["image_size"]).eval().requires_grad_(False)
     entries = {key: entry.sha256 for key, entry in sorted(manifest.files.items())}
     fingerprint = hashlib.sha256(json.dumps([step, entries]).encode()).hexdigest()
-    return OpenedModel(
-        pipeline=pipeline, url=url, fingerprint=fingerprint, weights=f"{parts['weights']} at step {step}"
-    )
-
-
-def _read_group(folder: Path, manifest: Manifest, group: str) -> dict[str, Tensor]:
-    """All tensors of one group ("model", "ema-0.999") by parameter name, float32 on the CPU."""
-    names = manifest.meta.get("index", {}).get(group)
-    if not names:
-        raise EvalError(f"{folder} holds no weights of group {group!r}; use another checkpoint")
-    tensors: dict[str, Tensor] = {}
-    for key in sorted(set(names.values())):
-        try:
-            with safe_open(str(folder / key), framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name, where in names.items() if where == key}
-        except (OSError, SafetensorError) as error:
-            raise EvalError(f"{folder / key} is not readable ({error}); use another checkpoint") from None
-    return tensors
+    return OpenedModel(pipeline=pipeline, url=url, fingerprint=fingerprint, weights=f"{group} at step {step}")

@@ -43,6 +43,7 @@ class RankEnd:
     node: str
     code: int  # 128 + n: killed by signal n
     signals: tuple[str, ...]  # that it was sent before, in order
+    has_said_why: bool = False  # in rank-N.txt; one whose connection was lost with another rank has not
     ended_s: float  # s since 1970
 
 

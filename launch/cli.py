@@ -1,5 +1,4 @@
-"""The command line. With cli_data, cli_doctor and cli_launch the only module that names every package, each inside the
-command that needs it.
+"""The command line. With the other modules cli_* it alone names every package, each inside the command that needs it.
 
 Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's mistake (one line), 75 preempted and saved.
 docs/commands.md is the user's page.
@@ -10,12 +9,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from launch import cli_data, cli_doctor, cli_launch
-from launch.cli_common import AsJson, Quiet, end_with_problems, refuse, say, show
+from launch import cli_checkpoint, cli_data, cli_doctor, cli_launch
+from launch.cli_common import AsJson, Quiet, refuse, say, show
 
 app = typer.Typer(
     name="darkroom",
@@ -26,12 +25,11 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich would double the time of --help
 )
 train_app = typer.Typer(help="Train the autoencoder, then the diffusion transformer.", no_args_is_help=True)
-checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
 app.add_typer(cli_data.app, name="data")
 app.add_typer(train_app, name="train")
+app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_launch.app, name="launch")
 app.command("doctor")(cli_doctor.doctor)
-app.add_typer(checkpoint_app, name="checkpoint")
 
 # Of metrics.json: what a terminal is spared.
 NOT_FIGURES = ("format_version", "model", "settings", "data", "prompts", "reader", "versions", "eval_seconds")
@@ -48,15 +46,17 @@ def main() -> NoReturn:
     except Exception as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise again, for each reader that ends
         from launch.checks import mistake_behind
-        from launch.runtime import other_rank_reported, report_error
+        from launch.runtime import follows_from_another, is_rank_process, report_crash, report_error
 
         mistake = mistake_behind(error) or error
         code = getattr(mistake, "exit_code", None)
         if isinstance(code, int):
             report_error(mistake)
             _leave(code)
-        if other_rank_reported():
-            _leave(1)  # a lost connection: its traceback would hide that rank's line
+        if is_rank_process():
+            if not follows_from_another(error):  # else its traceback would hide that rank's
+                report_crash(error)
+            _leave(1)
         raise
     except SystemExit as done:
         if done.code:
@@ -275,81 +275,6 @@ def report(
     from eval.report import write_report
 
     say(str(write_report(run)), quiet)
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------------
-
-Checkpoints = Annotated[str, typer.Argument(metavar="URL", help="Run directory or checkpoints folder, or s3://.")]
-
-
-def _commits(url: str) -> tuple[Any, list[int]]:
-    """The store of a run's checkpoints and the committed steps; refuses a place without any."""
-    from data.manifest import list_commits
-    from data.object_store import join, open_store
-
-    for candidate in (join(url, "checkpoints"), url):
-        store = open_store(candidate)
-        steps = list_commits(store)
-        if steps:
-            return store, steps
-    refuse(f"{url} holds no committed checkpoint; give a run directory or its checkpoints folder")
-
-
-@checkpoint_app.command("ls")
-def checkpoint_ls(url: Checkpoints, as_json: AsJson = False) -> None:
-    """List the committed checkpoints."""
-    from data.manifest import read_manifest
-
-    store, steps = _commits(url)
-    rows: list[dict[str, Any]] = []
-    for step in steps:
-        manifest = read_manifest(store, step)
-        size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
-        rows.append({"step": step, "files": len(manifest.files), "bytes": size_bytes, "attempt": manifest.attempt})
-    if as_json:
-        typer.echo(json.dumps({"url": url, "checkpoints": rows}))
-    else:
-        for row in rows:
-            size_mib = row["bytes"] / 2**20
-            typer.echo(f"step {row['step']:>10}  {row['files']:>4} files  {size_mib:>10.1f} MiB  {row['attempt']}")
-
-
-@checkpoint_app.command("verify")
-def checkpoint_verify(url: Checkpoints, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Read every committed checkpoint and compare sizes and SHA-256. Exit code 2 if anything differs."""
-    from data.errors import DataError
-    from data.manifest import read_manifest, verify
-
-    store, steps = _commits(url)
-    problems: list[str] = []
-    for step in steps:
-        try:
-            problems += verify(store, step, read_manifest(store, step))
-        except DataError as error:  # the manifest itself is damaged
-            problems.append(str(error))
-    remedy = "a resume takes the newest one without a problem"
-    end_with_problems(url, problems, f"{url}: {len(steps)} good", remedy, quiet, as_json)
-
-
-@checkpoint_app.command("ema")
-def checkpoint_ema(
-    url: Checkpoints,
-    sigma_rel: Annotated[float, typer.Option(help="Width of the average, as a share of the steps: 0.10.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="New safetensors file.")],
-    step: Annotated[int | None, typer.Option(help="Committed step at which it ends [default: the newest].")] = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Fit an average of the weights that was not kept from those that were (ema.sigma_rels)."""
-    from launch.checks import check_local
-
-    check_local("--out", out)
-    store, _ = _commits(url)
-    from training.post_hoc_ema import write_post_hoc_ema
-
-    facts = write_post_hoc_ema(store.url, sigma_rel, out, step)
-    if as_json or not quiet:
-        show(facts, as_json)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def judge(ends: Sequence[RankEnd], srun_code: int, was_stopped: bool, down: Sequ
         down: nodes of the attempt that SLURM has lost.
         nodes: how many it had.
 
-    A node is blamed if SLURM lost it, or if all ranks that ended badly by themselves were on it. Those that were
-    told to end first, or were ended because another was, are nobody's fault.
+    A node is blamed if SLURM lost it, or if all ranks that caused the end were on it. Ranks that were told to end, or
+    lost their connections to others, caused nothing.
     """
     if srun_code == 0 and not any(end.code for end in ends):
         return Verdict(outcome="done", why="done")
@@ -57,6 +57,8 @@ def judge(ends: Sequence[RankEnd], srun_code: int, was_stopped: bool, down: Sequ
         why = f"SLURM lost {', '.join(down)}" + (": saved" if saved else "")
         return Verdict(outcome="lost", why=why, failed_nodes=tuple(down))
     if own and not was_stopped:
+        # One that was killed, or else those that know why they ended, came first: the others lost their connections.
+        own = [end for end in own if end.code > 128] or [end for end in own if end.has_said_why] or own
         first = own[0]
         how = f"was killed by signal {first.code - 128}" if first.code > 128 else f"ended with exit code {first.code}"
         blamed = {end.node for end in own}

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ ERROR_DIR_VARIABLE = "DARKROOM_ERROR_DIR"
 EXIT_PREEMPTED = 75  # stopped by a signal and saved: the scheduler may requeue
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_S = 0.05
+_VERDICT_S = 5.0  # for which a rank that lost its connection waits to hear whether another one died
+_LOST = ("onnection", "Broken pipe", "NCCL", "peer")  # words of gloo and NCCL when a rank is gone
 _PR_SET_PDEATHSIG = 1
 
 
@@ -99,12 +102,33 @@ def report_error(error: BaseException) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def report_crash(error: BaseException) -> None:
+    """Writes the traceback of a bug to stderr before anything follows from this rank's end, then its line."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    who = f"rank {os.environ['RANK']}: " if is_rank_process() else ""
+    report_error(RuntimeError(f"{who}{type(error).__name__}: {error}"))
+
+
 def other_rank_reported() -> bool:
-    """Has another rank of this run said why it ends? Then a lost connection here follows from that."""
+    """Has another rank of this run said why it ends, or been found dead? Then a lost connection follows from that."""
     folder = os.environ.get(ERROR_DIR_VARIABLE)
     if not folder or not is_rank_process():
         return False
-    return any(path.name != f"rank-{os.environ['RANK']}.txt" for path in Path(folder).glob("rank-*.txt"))
+    return any(path.name != f"rank-{os.environ['RANK']}.txt" for path in Path(folder).glob("*.txt"))
+
+
+def follows_from_another(error: BaseException) -> bool:
+    """Is this error what another rank's end, or its own error, brings about here?
+
+    A rank that was killed says nothing: its peers learn of it first, the parent a moment later.
+    """
+    deadline = time.monotonic() + (_VERDICT_S if any(word in str(error) for word in _LOST) else 0)
+    while not other_rank_reported():
+        if time.monotonic() >= deadline or ERROR_DIR_VARIABLE not in os.environ:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 class PreemptionFlag:
@@ -158,7 +182,7 @@ def spawn(nproc: int, argv: Sequence[str], env: Mapping[str, str] | None = None,
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc} must be at least 1")
     with tempfile.TemporaryDirectory(prefix="darkroom-") as error_dir:
-        group = _Group(grace_s)
+        group = _Group(grace_s, Path(error_dir))
         with group.forwarding():
             try:
                 for rank_env in _environments(nproc, os.environ if env is None else env, error_dir):
@@ -239,8 +263,9 @@ def _die_with_parent(parent: int) -> Callable[[], None] | None:
 class _Group:
     """The ranks' processes. Each leads its own session, so that a terminal's Ctrl-C reaches them through us only."""
 
-    def __init__(self, grace_s: float) -> None:
+    def __init__(self, grace_s: float, error_dir: Path | None = None) -> None:
         self.verdict = ""  # why the run ended badly, in words
+        self._error_dir = error_dir
         self._grace_s = grace_s
         self._children: list[subprocess.Popen[bytes]] = []
         self._received: list[int] = []
@@ -288,6 +313,8 @@ class _Group:
             time.sleep(_POLL_S)
 
     def _ended_badly(self, rank: int, code: int) -> int:
+        if self._error_dir is not None:  # before the others give their lost connections for the cause
+            (self._error_dir / "verdict.txt").write_text(f"rank {rank} ended with {code}", encoding="utf-8")
         self._end_others()
         if code < 0:
             code = 128 - code

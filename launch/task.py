@@ -43,12 +43,18 @@ def run_task(darkroom: Sequence[str], words: Sequence[str], torchrun: int = 0) -
         return 0 if attempt is not None and _all_saved(attempt, env["SLURMD_NODENAME"], torchrun) else code
     code, signals = run_and_note([*darkroom, *words], env)
     if attempt is not None:
-        node = env.get("SLURMD_NODENAME", "")
-        write_rank_end(
-            attempt,
-            RankEnd(rank=int(env["RANK"]), node=node, code=code, signals=tuple(signals), ended_s=round(time.time(), 3)),
-        )
+        _leave_word(attempt, int(env["RANK"]), env.get("SLURMD_NODENAME", ""), code, signals)
     return 0 if code == EXIT_PREEMPTED else code
+
+
+def _leave_word(attempt: Path, rank: int, node: str, code: int, signals: Sequence[str]) -> None:
+    said = (attempt / f"rank-{rank}.txt").exists()
+    end = RankEnd(
+        rank=rank, node=node, code=code, signals=tuple(signals), has_said_why=said, ended_s=round(time.time(), 3)
+    )
+    write_rank_end(attempt, end)
+    if code not in (0, EXIT_PREEMPTED) and not said:  # before the others give their lost connections for the cause
+        (attempt / "verdict.txt").write_text(f"rank {rank} ended with {code}", encoding="utf-8")
 
 
 def _torchrun(ranks: int, env: dict[str, str], command: Sequence[str]) -> list[str]:

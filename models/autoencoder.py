@@ -101,6 +101,11 @@ class Autoencoder(nn.Module):
         """The last convolution, at whose weight the adaptive weight of the adversarial loss is taken."""
         return self.decoder.conv_out
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks and attentions, which hold most of the activations."""
+        return [module for module in self.modules() if isinstance(module, _ResBlock | _Attention)]
+
     def init_weights(self, seed: int) -> None:
         """Fills every weight as a function of the seed alone: U(±1/sqrt(fan_in)) for weights and biases.
 

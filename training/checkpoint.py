@@ -1,39 +1,55 @@
 """Checkpoints by parameter name: any ZeRO stage and any number of ranks loads what any other wrote.
 
-Layout under `checkpoints/`: `step-00001000/<attempt>/<group>-<rank>.safetensors` and, written last with put-if-absent,
-`step-00001000/manifest.json`, which *is* the commit. A group is one kind of tensor ("model", "ema-0.9999", "exp_avg").
-Keys carry the attempt, so that a zombie of an earlier start can never overwrite what a later one wrote.
+A save stops the loop for a copy of this rank's own fragments into host memory. A thread makes files of the copy and
+puts them into the store; `poll`, which the loop calls now and then, lets the ranks tell each other how far they are.
+When all have put their files, rank 0 puts the manifest, which *is* the commit. See docs/checkpoint.md.
+
+Layout under `checkpoints/`: `step-00001000/<attempt>/<group>-<rank>.safetensors`, `step-00001000/manifest.json`, and
+`attempts/` (training/attempts.py). A group is one kind of tensor ("model", "ema-0.9999", "exp_avg").
 """
 
 import logging
 import os
-import tempfile
+import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from data.errors import DataError
 from data.manifest import (
     MANIFEST,
+    DamagedCommit,
     FileEntry,
     Manifest,
     list_commits,
-    newest_verified,
+    no_valid_commit,
+    read_manifest,
     step_folder,
+    verify,
     write_manifest,
 )
-from data.object_store import fetch_tree, join, open_store
-from models.artifact import sha256_of
-from training.engine import Engine, Fragment, gather, scatter
+from data.object_store import join, open_store
+from training.attempts import (
+    FOLDER,
+    Attempt,
+    generation_of,
+    mark_committed,
+    only_unfinished,
+    refuse_superseded,
+    register,
+)
+from training.checkpoint_writer import Groups, HostCopy, Job, Owned, Report, layouts_of, put_files
+from training.engine import Engine
 from training.errors import TrainingError
+from training.retention import Retention
+from training.run_mirror import RunMirror, claim, fetch_run
+from training.snapshot import Snapshot, newest_snapshot, on_all_ranks, on_rank0
 
-Groups = dict[str, dict[str, Fragment]]
+NAMED = 3  # errors of one save that a message quotes
+
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +60,8 @@ class CheckpointConfig:
     url: str | None = None  # folder of the commits, local or s3://; None = checkpoints/ in the run directory
     every_steps: int = 1000  # optimiser steps between checkpoints; the last step is always saved
     keep_last: int = 3  # commits kept; older ones are deleted after a newer commit
+    keep_every: int = 0  # optimiser steps; commits of multiples of it are kept for good; 0 = none
+    max_failed_saves: int = 5  # failed saves in a row after which training stops
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or self.keep_last < 2:
@@ -51,48 +69,40 @@ class CheckpointConfig:
                 f"every_steps {self.every_steps} must be >= 1 and keep_last {self.keep_last} >= 2 "
                 "(one good commit must survive while the next is written)"
             )
+        if self.keep_every < 0 or self.max_failed_saves < 1:
+            raise ValueError(
+                f"keep_every {self.keep_every} must be >= 0 and max_failed_saves {self.max_failed_saves} >= 1"
+            )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """A verified checkpoint, read lazily by tensor name."""
+@dataclass(kw_only=True)
+class _Save:
+    """A save that is not committed yet."""
 
     step: int
     state: dict[str, Any]
-    index: dict[str, dict[str, str]]
-    folder: Path
-    complaints: list[str] = field(default_factory=list)
+    prepare: Callable[[], None]
+    folder: str = ""  # below the step's; another one for every try
+    phase: str = ""  # "write", "commit" (rank 0 puts the manifest), or "failed" until it is tried again
+    tries: int = 0
+    job: Job | None = None  # of this phase; None where a rank has nothing to do in it
+    files: dict[str, FileEntry] = field(default_factory=dict)  # of all ranks
 
-    def tensor(self, group: str, name: str) -> Tensor:
-        """One whole tensor, float32 on the CPU."""
-        try:
-            key = self.index[group][name]
-        except KeyError:
-            raise TrainingError(
-                f"checkpoint {self.folder} has no tensor {name!r} in group {group!r}; it was written for another "
-                "model: use the recipe it was trained with, or another --run"
-            ) from None
-        with safe_open(str(self.folder / key), framework="pt") as file:
-            return file.get_tensor(name)
 
-    def group(self, group: str) -> dict[str, Tensor]:
-        return {name: self.tensor(group, name) for name in self.index.get(group, {})}
+def bring_up_to_date(directory: Path, config: CheckpointConfig, engine: Engine, local_rank: int) -> None:
+    """Gives a run directory what its copy beside the checkpoints has and it has not; an empty one becomes the run's.
 
-    def restore(self, groups: Groups) -> None:
-        """Copies this rank's part of every tensor into the live fragments; a shape that differs is refused."""
-        for group, fragments in groups.items():
-            for name, fragment in fragments.items():
-                full = self.tensor(group, name)
-                if tuple(full.shape) != fragment.shape:
-                    raise TrainingError(
-                        f"checkpoint {self.folder}: {group}/{name} has shape {tuple(full.shape)}, the model wants "
-                        f"{fragment.shape}; use the recipe it was trained with, or another --run"
-                    )
-                scatter(full, fragment)
+    The first rank of every machine does it. Collective.
+
+    Raises:
+        TrainingError: the store does not answer, or the disk refuses.
+    """
+    if (url := config.url) is not None:
+        on_all_ranks(engine, lambda: None if local_rank else fetch_run(open_store(url), directory))
 
 
 class Checkpointer:
-    """Saves and finds the commits of one run.
+    """Saves and finds the commits of one run. All public methods are collective.
 
     Args:
         directory: the run's.
@@ -101,124 +111,258 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, engine: Engine) -> None:
+        self.directory = directory
         self.url = config.url or str(directory / "checkpoints")
         self.config = config
         self.engine = engine
         self.store = open_store(self.url)
-        self.attempt = engine.from_rank0(f"{os.environ.get('SLURM_JOB_ID', 'local')}-{uuid.uuid4().hex[:8]}")
+        job = f"{os.environ.get('SLURM_JOB_ID', 'local')}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        self.attempt = engine.from_rank0(f"{job}-{uuid.uuid4().hex[:8]}")
+        self.last_good: int | None = None  # step of the newest commit of which this attempt knows
+        self.failed_saves = 0  # in a row
+        self.stall_s = 0.0  # for which saves have stopped the loop
+        self._started: Attempt | None = None
+        self._copy = HostCopy(engine.rank, engine.world_size)
+        self._owned: list[Owned | None] = [None] * engine.world_size  # as reported; kept on rank 0, one's own elsewhere
+        self._pending: _Save | None = None
+        self._tidying: Job | None = None
+        self._mirror: RunMirror | None = None  # where the checkpoints lie apart from the run directory
 
-    def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
-        """Writes, verifies on all ranks, commits, then prunes. Collective; an error on one rank is an error on all."""
-        folder = step_folder(step)
-        mine, index = self._gather(groups)
-        files, error = {}, None
-        try:
-            files = self._write(folder, mine)
-        except (OSError, DataError) as caught:
-            error = f"rank {self.engine.rank}: {caught}"
-        reports = self.engine.exchange((files, error))
-        errors = [message for _, message in reports if message]
-        if errors:
-            raise TrainingError(f"checkpoint {join(self.url, folder)} was not committed: {'; '.join(errors)}")
-        error = None
-        if self.engine.rank == 0:
-            entries = {key: entry for files, _ in reports for key, entry in files.items()}
-            manifest = Manifest(step=step, attempt=self.attempt, files=entries, meta={"state": state, "index": index})
-            error = self._commit(folder, manifest)
-        error = self.engine.from_rank0(error)
-        if error:
-            raise TrainingError(error)
-        self._prune()
+    # -- finding ----------------------------------------------------------------------------------------------------
+    def newest(self, not_after: int | None = None) -> Snapshot | None:
+        """The newest commit that verifies, or None for a run that never saved.
 
-    def _commit(self, folder: str, manifest: Manifest) -> str | None:
-        """Writes the manifest; returns why there is no commit of this attempt, or None."""
-        try:
-            committed = write_manifest(self.store, folder, manifest)
-        except DataError as caught:
-            return f"checkpoint {join(self.url, folder)} was not committed: {caught}"
-        if committed:
-            return None
-        return (
-            f"{join(self.url, folder)} was committed by another attempt of this run; two processes train the same run: "
-            "stop one of them"
-        )
+        At the start of an attempt damaged commits are taken out of the way of those that will be made again: their
+        manifests are kept under another name.
 
-    def newest(self) -> Snapshot | None:
-        """The newest commit that verifies, or None for a run that never saved. Collective; rank 0 does the hashing.
+        Args:
+            not_after: for a roll-back: of the commits at or before this step, and None if there are none. Newer ones
+                stay as they are. What is under way is waited for; a save that has failed is given up.
 
         Raises:
-            TrainingError: there are files but no valid commit.
+            TrainingError: something was saved here and nothing of it is whole, or the store does not answer.
         """
-        found, error = None, None
-        if self.engine.rank == 0:
-            try:
-                found = newest_verified(self.store)
-                self._retire_newer(found[0] if found else None)
-            except DataError as caught:
-                error = str(caught)
-        found, error = self.engine.from_rank0((found, error))
-        if error:
-            raise TrainingError(error)
-        if found is None:
+        self._settle()
+        if self._pending is not None:
+            self._warn(f"step {self._pending.step} stays unsaved")
+            self._pending = None
+        self._register()
+        snapshot, complaints = newest_snapshot(self.store, self.engine, not_after)
+        if snapshot is None:
+            on_rank0(self.engine, lambda: self._refuse_loss(complaints, not_after))
             return None
-        step, manifest, complaints = found
-        state, index = manifest.meta.get("state"), manifest.meta.get("index")
-        place = join(self.url, step_folder(step))
-        if not isinstance(state, dict) or not isinstance(index, dict):
-            raise TrainingError(
-                f"{join(place, MANIFEST)} holds no training state; restore it, or move {place} away to resume before it"
-            )
-        return Snapshot(step=step, state=state, index=index, folder=fetch_tree(place), complaints=complaints)
+        if not_after is None:
+            on_rank0(self.engine, lambda: self._set_aside(snapshot.step))
+        self._retention.add_good(snapshot.step)
+        self.last_good = max(snapshot.step, self.last_good or 0)
+        return snapshot
 
-    def _retire_newer(self, step: int | None) -> None:
-        """Takes damaged commits after `step` out of the way of those that will be made again; their files stay."""
-        for damaged in list_commits(self.store):
-            if step is not None and damaged > step:
-                key = f"{step_folder(damaged)}/{MANIFEST}"
+    def _register(self) -> None:
+        if self._started is not None:
+            return
+        config, rank = self.config, self.engine.rank
+        if config.url:
+            on_rank0(self.engine, lambda: claim(self.store, self.directory))
+        self._started = on_rank0(self.engine, lambda: register(self.store, self.attempt))
+        self._retention = Retention(self.store, config.keep_last, config.keep_every, self._started)
+        if config.url:
+            self._mirror = RunMirror(self.store, self.directory, rank, self._started)
+
+    def _refuse_loss(self, complaints: list[str], not_after: int | None) -> None:
+        keys = [key for key, _ in self.store.list()]
+        files = sum(not key.startswith(FOLDER) for key in keys)
+        if complaints or (not_after is None and not only_unfinished(self.store, keys)):
+            raise no_valid_commit(self.store, files, complaints)
+        if files and not_after is None:
+            log.warning(
+                "%s: earlier starts of this run were ended before their first checkpoint; starting from step 0",
+                self.url,
+            )
+
+    def _set_aside(self, step: int) -> None:
+        """Renames the manifests of commits after `step`; their files stay until a later commit takes their place."""
+        for newer in list_commits(self.store):
+            if newer > step:
+                key = f"{step_folder(newer)}/{MANIFEST}"
                 with self.store.open_range(key) as file:
-                    self.store.put_bytes(file.read(), f"{step_folder(damaged)}/damaged-{self.attempt}.json")
+                    self.store.put_bytes(file.read(), f"{step_folder(newer)}/set-aside-{self.attempt}.json")
                 self.store.delete(key)
 
-    # -- writing ----------------------------------------------------------------------------------------------------
-    def _gather(self, groups: Groups) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, str]]]:
-        """Assembles every tensor; its owner (the rank with the least so far) keeps it on the host."""
-        load = [0] * self.engine.world_size
-        mine: dict[str, dict[str, Tensor]] = {}
-        index: dict[str, dict[str, str]] = {}
-        for group, fragments in groups.items():
-            for name, fragment in fragments.items():
-                owner = load.index(min(load))
-                load[owner] += fragment.numel
-                index.setdefault(group, {})[name] = f"{self.attempt}/{group}-{owner:05d}.safetensors"
-                full = gather(fragment)
-                if owner == self.engine.rank:
-                    mine.setdefault(group, {})[name] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
-        return mine, index
+    def reserve(self, groups: Groups) -> None:
+        """Makes the host buffers of later saves, which takes as long as a save the first time."""
+        self._copy.take(groups)
 
-    def _write(self, folder: str, mine: dict[str, dict[str, Tensor]]) -> dict[str, FileEntry]:
-        files = {}
-        with tempfile.TemporaryDirectory(prefix="darkroom-checkpoint-") as staging:
-            for group, tensors in mine.items():
-                key = f"{self.attempt}/{group}-{self.engine.rank:05d}.safetensors"
-                path = Path(staging) / f"{group}.safetensors"
-                save_file(tensors, str(path))
-                files[key] = FileEntry(size_bytes=path.stat().st_size, sha256=sha256_of(path))
-                self.store.put_file(path, f"{folder}/{key}")
-                path.unlink()
-        return files
+    # -- saving -----------------------------------------------------------------------------------------------------
+    def save(
+        self, step: int, groups: Groups, state: dict[str, Any], prepare: Callable[[], None] = lambda: None
+    ) -> None:
+        """Copies the fragments and returns; the rest happens beside the training. Waits for a save still under way.
 
-    def _prune(self) -> None:
-        """Deletes commits beyond `keep_last`, manifest first, so that none is ever half there.
+        Args:
+            step: optimiser steps done.
+            groups: what to save.
+            state: plain JSON values that go with it.
+            prepare: called at once and before every further try, in this thread; its DataError fails the try.
 
-        What cannot be deleted stays, with a warning: the new commit is good, and the next save tries again.
+        Raises:
+            TrainingError: max_failed_saves failed in a row, or a newer start of the run has taken over.
         """
-        if self.engine.rank != 0:
+        with self._stalling():
+            self._register()
+            self._settle()
+            if self._pending is not None:
+                self._warn(f"step {self._pending.step} stays unsaved: step {step} is saved in its place")
+            self._copy.take(groups)
+            self._pending = _Save(step=step, state=state, prepare=prepare)
+            self._write()
+
+    def poll(self) -> None:
+        """Lets the ranks tell each other how the save under way is; one small exchange, none without a save.
+
+        All have put their files: rank 0 commits. One failed: all know, and the next call tries again.
+
+        Raises:
+            TrainingError: as `save`.
+        """
+        if self._pending is None:
             return
+        with self._stalling():
+            if self._pending.phase == "failed":
+                self._write()
+            else:
+                self._advance()
+
+    def finish(self) -> None:
+        """Returns when what was saved is committed.
+
+        Raises:
+            TrainingError: it cannot be, after max_failed_saves tries in a row.
+        """
+        with self._stalling():
+            self._settle()
+            while self._pending is not None:
+                self._write()
+                self._settle()
+            if self._tidying is not None:
+                self._tidying.wait()
+
+    def _settle(self) -> None:
+        """Waits until nothing is under way: the save is committed, or has failed once more."""
+        while self._pending is not None and self._pending.phase != "failed":
+            if self._pending.job is not None:
+                self._pending.job.wait()
+            self._advance()
+
+    def _write(self) -> None:
+        save, rank = self._pending, self.engine.rank
+        assert save is not None
+        save.folder = folder = f"{self.attempt}.{save.tries}" if save.tries else self.attempt
+        error: DataError | None = None
         try:
-            for step in list_commits(self.store)[: -self.config.keep_last]:
-                folder = step_folder(step)
-                self.store.delete(f"{folder}/{MANIFEST}")
-                for key, _ in self.store.list(f"{folder}/"):
-                    self.store.delete(key)
-        except DataError as error:
-            log.warning("old checkpoints stay: %s", error)
+            save.prepare()
+        except DataError as caught:
+            error = caught
+
+        def work() -> tuple[dict[str, FileEntry], Owned | None]:
+            if error is not None:
+                raise error
+            if self._mirror is not None:
+                self._mirror.put_mine()
+            owned = self._copy.owned()
+            files = put_files(self.store, save.step, folder, rank, self._copy)
+            return files, None if owned == self._owned[rank] else owned
+
+        save.tries += 1
+        save.phase = "write"
+        save.job = Job(work)
+
+    def _advance(self) -> None:
+        """One exchange; the same transition on all ranks."""
+        save = self._pending
+        assert save is not None
+        reports = self.engine.exchange(Report() if save.job is None else save.job.report)
+        if any(report is None for report in reports):
+            return
+        errors = [f"rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error]
+        if errors:
+            self._failed(save, errors, any(report.fatal for report in reports))
+        elif save.phase == "write":
+            self._begin_commit(save, [report.result for report in reports])
+        else:
+            self._committed(save)
+
+    def _begin_commit(self, save: _Save, results: list[tuple[dict[str, FileEntry], Owned | None]]) -> None:
+        for rank, (files, owned) in enumerate(results):
+            save.files |= files
+            if owned is not None and self.engine.rank in (0, rank):
+                self._owned[rank] = owned
+        save.phase, save.job = "commit", None
+        if self.engine.rank == 0:
+            save.job = Job(lambda: self._commit(save))
+
+    def _commit(self, save: _Save) -> None:
+        """Puts the manifest, in the thread of rank 0."""
+        assert self._started is not None
+        refuse_superseded(self.store, self._started)
+        if self._mirror is not None:
+            self._mirror.put_shared()
+        groups, layouts = layouts_of([owned or [] for owned in self._owned])
+        meta = {"state": save.state, "groups": groups, "layouts": layouts}
+        manifest = Manifest(step=save.step, attempt=save.folder, files=save.files, meta=meta)
+        if not write_manifest(self.store, step_folder(save.step), manifest):
+            self._judge_other(save.step, manifest)
+        mark_committed(self.store)
+
+    def _judge_other(self, step: int, ours: Manifest) -> None:
+        """Somebody has committed this step before us: an earlier start's commit counts if it is whole."""
+        assert self._started is not None
+        refuse_superseded(self.store, self._started)
+        place = join(self.url, step_folder(step))
+        try:
+            other = read_manifest(self.store, step)
+            problems = verify(self.store, step, other)
+            if not problems and generation_of(self.store, other.attempt) <= self._started.generation:
+                log.warning("%s was committed by %s of this run and is whole: it counts", place, other.attempt)
+                return
+        except DamagedCommit as error:
+            problems = [str(error)]
+        log.warning("%s: another commit stood here (%s); it is set aside", place, "; ".join(problems[:NAMED]))
+        self._set_aside(step - 1)
+        if not write_manifest(self.store, step_folder(step), ours):
+            raise DataError(f"{place} was committed by another process; stop one of them")
+
+    def _committed(self, save: _Save) -> None:
+        self._pending = None
+        self.failed_saves = 0
+        self.last_good = save.step
+        self._retention.add_good(save.step)
+        if self.engine.rank == 0 and (self._tidying is None or self._tidying.report is not None):
+            self._tidying = Job(lambda: self._retention.tidy(save.step, self._mirror))
+
+    def _failed(self, save: _Save, errors: list[str], fatal: bool) -> None:
+        more = f" and {len(errors) - NAMED} more like these" if len(errors) > NAMED else ""
+        text = "; ".join(errors[:NAMED]) + more
+        if fatal:
+            raise TrainingError(text.partition(": ")[2])
+        self.failed_saves += 1
+        save.phase, save.job, save.files = "failed", None, {}
+        place, most = join(self.url, step_folder(save.step)), self.config.max_failed_saves
+        if self.failed_saves >= most:
+            good = "none was committed yet" if self.last_good is None else f"the last good one is step {self.last_good}"
+            raise TrainingError(
+                f"checkpoint {place} was not committed ({text}): {self.failed_saves} failures in a row, {good}; "
+                "mend the store, and the same command resumes"
+            )
+        self._warn(f"checkpoint {place} was not committed ({text}); trying again ({self.failed_saves} of {most})")
+
+    def _warn(self, message: str) -> None:
+        if self.engine.rank == 0:
+            log.warning("%s", message)
+
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stall_s += time.perf_counter() - before

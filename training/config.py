@@ -20,6 +20,7 @@ from training.engine import EngineConfig
 from training.losses import AutoencoderLossConfig
 from training.optim import OptimConfig
 from training.schedule import ScheduleConfig
+from training.step_policy import StepPolicyConfig
 
 
 def _check_least(config: object, **least: int) -> None:
@@ -74,6 +75,8 @@ class AutoencoderRecipe:
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    step_policy: StepPolicyConfig = StepPolicyConfig()
+    init_from: str | None = None  # averaged weights to start from: a run, checkpoint or artifact, local or s3://
     total_steps: int  # optimiser steps
     statistics_images: int = 2048  # pictures over which latent mean and std are measured
     log_every_steps: int = 10  # optimiser steps between rows of metrics.jsonl
@@ -112,6 +115,8 @@ class DiTRecipe:
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    step_policy: StepPolicyConfig = StepPolicyConfig()
+    init_from: str | None = None  # averaged weights to start from: a run, checkpoint or artifact, local or s3://
     samples: SamplesConfig = SamplesConfig()
     text_padding: TextPadding = "attended"  # "masked" = nobody sees the padding of captions; "attended" = as in SD3
     latents: Literal["mean", "sample"] = "sample"  # of the autoencoder's posterior

@@ -6,18 +6,26 @@ neither knows a ZeRO stage.
 """
 
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.blocks import ActivationCheckpointing, wrap_blocks
 from training.errors import TrainingError
+from training.fragments import Fragment as Fragment  # for those who use the engine
+from training.fragments import gather as gather
+from training.fragments import scatter as scatter
 from training.optim import OptimConfig, build_adamw, fresh_state, set_learning_rate
+from training.update_gate import ask_before_updates, guarded, not_finite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +40,10 @@ class EngineConfig:
     micro_batch_size: int  # samples per rank per forward
     global_batch_size: int  # samples per optimiser step over all ranks
     max_grad_norm: float = 1.0  # global L2 norm at which gradients are clipped; 0 = no clipping
+    offload_optimizer: bool = False  # AdamW, its moments and the fp32 masters on the host; zero_stage 1, 2 or 3
+    activation_checkpointing: ActivationCheckpointing = "none"  # what a block computes again in its backward pass
+    compile: bool = False  # torch.compile for every block; minutes at the start
+    hang_timeout_s: float = 1800.0  # seconds without progress after which a run is ended; 0 = never
 
     def __post_init__(self) -> None:
         if min(self.micro_batch_size, self.global_batch_size) < 1 or self.global_batch_size % self.micro_batch_size:
@@ -41,8 +53,12 @@ class EngineConfig:
             )
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm {self.max_grad_norm} must not be negative; 0 is no clipping")
+        if self.hang_timeout_s < 0:
+            raise ValueError(f"hang_timeout_s {self.hang_timeout_s} must not be negative; 0 is no watch")
         if self.zero_stage == 0 and self.precision == "bfloat16":
             raise ValueError("zero_stage 0 keeps no fp32 master weights for bfloat16; use zero_stage 1, 2 or 3")
+        if self.zero_stage == 0 and self.offload_optimizer:
+            raise ValueError("zero_stage 0 has no optimizer of its own to offload; use zero_stage 1, 2 or 3")
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per rank per optimiser step; refuses a world size that does not divide the global batch."""
@@ -55,49 +71,6 @@ class EngineConfig:
                 f"micro_batch_size {self.micro_batch_size}; valid numbers of ranks: {', '.join(map(str, valid))}"
             )
         return self.global_batch_size // per_pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fragment:
-    """This rank's contiguous part of one flattened parameter (or of a tensor sharded like it).
-
-    `data` is a live fp32 view of length n; it holds elements [start, start + n) of the flattened tensor of `shape`. A
-    rank that owns nothing of a parameter has n = 0. `replicated` means that every rank holds the whole tensor.
-    """
-
-    data: Tensor
-    start: int
-    shape: tuple[int, ...]
-    replicated: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole tensor."""
-        return int(torch.Size(self.shape).numel())
-
-    def like(self, data: Tensor) -> "Fragment":
-        """The same place in another tensor of the same shape (an EMA, an optimiser moment)."""
-        return Fragment(data=data, start=self.start, shape=self.shape, replicated=self.replicated)
-
-
-def gather(fragment: Fragment) -> Tensor:
-    """The whole tensor on every rank, float32, by one all-reduce of a buffer that is zero outside the own fragment.
-
-    Collective: every rank calls it for the same tensor in the same order. Adding zeros is exact.
-    """
-    if fragment.replicated:
-        return fragment.data.detach().reshape(fragment.shape)
-    full = torch.zeros(fragment.numel, dtype=torch.float32, device=fragment.data.device)
-    full[fragment.start : fragment.start + fragment.data.numel()] = fragment.data
-    if dist.get_world_size() > 1:
-        dist.all_reduce(full)
-    return full.reshape(fragment.shape)
-
-
-def scatter(full: Tensor, fragment: Fragment) -> None:
-    """Copies this rank's part of a whole tensor into its fragment."""
-    part = full.reshape(-1)[fragment.start : fragment.start + fragment.data.numel()]
-    fragment.data.view(-1).copy_(part)
 
 
 class Engine:
@@ -124,14 +97,32 @@ class Engine:
         if self.world_size != world_size:
             raise RuntimeError(f"accelerate sees {self.world_size} ranks, the environment says {world_size}")
         self.precision = torch.bfloat16 if _use_bfloat16(config, self.device.type) else torch.float32
+        self.judge: Callable[[float], bool] = not_finite  # is the update with this gradient norm to be left out?
+        self.mark: Callable[[str], None] = lambda phase: None  # is told what the engine is about to do
+        self._norm: float | None = None  # of the last step
+        self._losses: deque[Tensor] = deque(maxlen=self.accumulation_steps)  # of the last micro-batches
 
-    def shard(self, model: nn.Module, optim: OptimConfig) -> None:
-        """Hands the model (fp32 parameters, the same values on every rank) and its AdamW to DeepSpeed."""
+    def shard(self, model: nn.Module, optim: OptimConfig, blocks: Iterable[nn.Module] = ()) -> None:
+        """Hands the model (fp32 parameters, the same values on every rank) and its AdamW to DeepSpeed.
+
+        Args:
+            model: stays the caller's name for it; what trains is `self.model`.
+            optim: rules for AdamW.
+            blocks: the model's repeated parts, the units of recomputation, compilation and ZeRO-3's gathering.
+        """
+        from deepspeed.utils import set_z3_leaf_module
+
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        blocks = list(blocks)
+        wrap_blocks(blocks, self.config.activation_checkpointing, self.config.compile)
+        for block in blocks:
+            set_z3_leaf_module(block, True)  # ZeRO-3 gathers a block as a whole and looks for nothing inside
         optimizer = build_adamw(model, optim)
         self.model, self._optimizer = self._accelerator.prepare(model.to(self.device), optimizer)
+        _hide_from_transformers(self._accelerator)
         self.module: nn.Module = self.model.module
         self.parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
+        ask_before_updates(self.model, self.config.zero_stage, self._left_out, self._clip_stage0)
 
     # -- one step ---------------------------------------------------------------------------------------------------
     def autocast(self) -> AbstractContextManager:
@@ -142,26 +133,43 @@ class Engine:
         """Wraps one micro-batch; the last of `accumulation_steps` synchronises the gradients and steps."""
         return self._accelerator.accumulate(self.model)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulates d(loss / accumulation_steps); on the last micro-batch also clips and steps."""
-        self._accelerator.backward(loss)
+    def backward(self, loss: Tensor, value: Tensor | None = None) -> None:
+        """Accumulates d(loss / accumulation_steps); on the last micro-batch also clips and steps.
+
+        Args:
+            loss: scalar.
+            value: the loss's value, if `loss` has only its gradient. If it is not finite on any rank, no rank updates.
+        """
+        self.mark("backward")
+        value = loss if value is None else value
+        self._losses.append(value.detach())
+        self._accelerator.backward(guarded(loss, value))
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """The schedule's rate for the next step; each parameter group keeps its own scale."""
         set_learning_rate(self._optimizer.param_groups, learning_rate)
 
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last step before clipping; None at stage 0, where DeepSpeed does not tell.
+        """Global gradient norm of the last step before clipping; None if it was not finite or there was no step."""
+        return self._norm if self._norm is not None and math.isfinite(self._norm) else None
 
-        A host sync: call it when logging only.
-        """
-        norm = self.model.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def last_losses(self) -> list[float]:
+        """Losses of this rank's micro-batches of the last step. A host sync."""
+        return torch.stack(list(self._losses)).tolist() if self._losses else []
 
-    @property
-    def skipped_steps(self) -> int:
-        """Updates DeepSpeed left out because a gradient was not finite."""
-        return int(self.model.skipped_steps)
+    def _left_out(self, norm: Tensor) -> bool:
+        self._norm = float(norm)
+        self.mark("update")
+        return self.judge(self._norm)
+
+    @torch.no_grad()
+    def _clip_stage0(self) -> Tensor:
+        """Clips gradients that are the same on every rank and returns their norm, which DeepSpeed would not tell."""
+        parameters = self.parameters.values()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        return norm
 
     # -- what the EMA and the checkpoints read ----------------------------------------------------------------------
     def weight_fragments(self) -> dict[str, Fragment]:
@@ -279,53 +287,6 @@ class Engine:
         return Fragment(data=data, start=mapping.lp_fragment_address.start, shape=tuple(parameter.shape))
 
 
-class Replica:
-    """A second model beside the engine (the discriminator): DistributedDataParallel and its own AdamW.
-
-    Two DeepSpeed engines that share one adversarial loss give silently wrong gradients; a ZeRO generator beside a DDP
-    discriminator is exact.
-    """
-
-    def __init__(self, model: nn.Module, optim: OptimConfig, device: torch.device) -> None:
-        self.module = model.to(device)
-        self.optimizer = build_adamw(self.module, optim)
-        parallel = dist.is_initialized() and dist.get_world_size() > 1
-        self.model = nn.parallel.DistributedDataParallel(self.module) if parallel else self.module
-
-    @contextmanager
-    def accumulate(self, *, first: bool, last: bool) -> Iterator[None]:
-        """Wraps forward and backward of one micro-batch; gradients are averaged over ranks and applied on the last."""
-        if first:
-            self.optimizer.zero_grad(set_to_none=True)
-        quiet: AbstractContextManager = nullcontext()
-        if not last and isinstance(self.model, nn.parallel.DistributedDataParallel):
-            quiet = self.model.no_sync()
-        with quiet:
-            yield
-        if last:
-            self.optimizer.step()
-
-    def counters(self) -> dict[str, int]:
-        """What a checkpoint's state carries beside the fragments."""
-        return {"discriminator_adam_step": max((int(s["step"]) for s in self.optimizer.state.values()), default=0)}
-
-    def fragments(self) -> dict[str, dict[str, Fragment]]:
-        """Weights and moments as replicated fragments: {"weights": {name: …}, "exp_avg": …, "exp_avg_sq": …}."""
-        groups: dict[str, dict[str, Fragment]] = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
-        for name, parameter in self.module.named_parameters():
-            state = self.optimizer.state[parameter]
-            if not state:
-                state.update(fresh_state(self.optimizer, parameter))
-            shape = tuple(parameter.shape)
-            for group, data in (("weights", parameter.data), *((key, state[key]) for key in ("exp_avg", "exp_avg_sq"))):
-                groups[group][name] = Fragment(data=data, start=0, shape=shape, replicated=True)
-        return groups
-
-    def set_adam_step(self, step: int) -> None:
-        for state in self.optimizer.state.values():
-            state["step"].fill_(float(step))
-
-
 def _use_bfloat16(config: EngineConfig, device_type: str) -> bool:
     return config.precision == "bfloat16" or (
         config.precision == "auto" and device_type == "cuda" and config.zero_stage > 0
@@ -349,23 +310,52 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     bucket = 2**28 if torch.cuda.is_available() else 2**22  # elements; the buffers are allocated up front
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
     ds_config = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": config.max_grad_norm,  # absent means 1.0
-        "bf16": {"enabled": _use_bfloat16(config, "cuda" if torch.cuda.is_available() else "cpu")},
+        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,  # absent means 1.0; stage 0: ours
+        "bf16": {
+            "enabled": _use_bfloat16(config, "cuda" if torch.cuda.is_available() else "cpu"),
+            "check_grad_overflow": False,  # another pass over all gradients for what their norm says
+        },
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": torch.cuda.is_available(),
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            # ZeRO-3's own linear layer keeps no gathered weight for the backward pass, which recomputation need not
+            # fear; it adds the bias in place, and so to what "selective" kept of the product: silently wrong.
+            "memory_efficient_linear": config.activation_checkpointing == "none",
+            **(offload if config.offload_optimizer else {}),
         },
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the host too; DeepSpeed's would be compiled
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    return Accelerator(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps),
-        # Left to itself, accelerate takes ranks without a GPU for processes of their own.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
-    )
+    # Nobody gives up before the watchdog, which can say who is to blame.
+    timeout = timedelta(seconds=max(1800.0, 2 * config.hang_timeout_s))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        accelerator = Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps),
+            # Left to itself, accelerate takes ranks without a GPU for processes of their own.
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise TrainingError(
+            f"MASTER_PORT {os.environ['MASTER_PORT']} is taken by another process on this machine; give the run another"
+        ) from None
+    _hide_from_transformers(accelerator)
+    return accelerator
+
+
+def _hide_from_transformers(accelerator: "Accelerator") -> None:
+    """Drops what accelerate keeps for transformers to see: at stage 3 it would partition every model that it loads.
+
+    The frozen text encoders are whole on each rank and no part of the engine.
+    """
+    accelerator.state.deepspeed_plugin.dschf = None

@@ -1,20 +1,26 @@
 """The networks that turn pictures and captions into what the transformer sees; replicated, never trained."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from data.buckets import make_buckets
 from data.encoded import Encoding
+from data.errors import DataError
 from data.index import Index
 from data.object_store import fetch_tree
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.conditioner import TextPadding
+from models.errors import ModelError
 from models.text_config import TextEncoderConfig
 from models.text_encoder import Conditioner
 from training.config import DiTRecipe
 from training.errors import TrainingError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +66,25 @@ def load_networks(autoencoder: str, text_encoders: Sequence[TextEncoderConfig], 
     return Frozen(autoencoder=loaded, autoencoder_fingerprint=fingerprint, conditioner=conditioner)
 
 
-def load_frozen(recipe: DiTRecipe) -> Frozen:
-    """The networks of a diffusion recipe.
+def load_frozen(recipe: DiTRecipe, kept: Path | None = None) -> Frozen:
+    """The networks of a diffusion recipe, or those that its run keeps where the recipe's are not there any more.
+
+    Args:
+        recipe: names them.
+        kept: `frozen/` of the run directory, if there may be one.
 
     Raises:
         TrainingError: the autoencoder is not there, or its downsampling does not fit the picture size.
     """
-    frozen = load_networks(recipe.autoencoder, recipe.text_encoders, recipe.text_padding)
+    try:
+        frozen = load_networks(recipe.autoencoder, recipe.text_encoders, recipe.text_padding)
+    except (DataError, ModelError, TrainingError) as error:
+        if kept is None or not all((kept / name).exists() for name in ("autoencoder", "text_encoders")):
+            raise
+        log.warning("%s; going on with the networks that the run keeps in %s", error, kept)
+        autoencoder, fingerprint = load_autoencoder(kept / "autoencoder")
+        conditioner = Conditioner.load(kept / "text_encoders")
+        frozen = Frozen(autoencoder=autoencoder, autoencoder_fingerprint=fingerprint, conditioner=conditioner)
     downsampling = frozen.autoencoder.config.downsampling
     side = downsampling * recipe.model.patch_size
     for size in {(recipe.data.image_size,) * 2, *make_buckets(recipe.data.image_size, recipe.data.buckets)}:

@@ -6,7 +6,6 @@ the masters, (5) the loader starts at the count of micro-batches consumed, (6) t
 """
 
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,11 +22,13 @@ from data.ledger import Ledger
 from data.loader import Batch, build_loader, check_stamp
 from data.streams import Cursor, Position
 from launch.runtime import PreemptionFlag
+from training.bad_steps import BadSteps
 from training.checkpoint import Checkpointer, Groups, Snapshot
 from training.config import AutoencoderRecipe, DiTRecipe
 from training.engine import Engine
 from training.errors import Preempted, TrainingError
 from training.metrics import Meter, Metrics
+from training.watchdog import Watchdog
 
 
 def check_data(recipe: AutoencoderRecipe | DiTRecipe, engine: Engine) -> tuple[Index, ...]:
@@ -59,6 +60,7 @@ class Counters:
     bad_samples: int = 0  # masked over all ranks
     filtered: dict[str, int] = field(default_factory=dict)  # refused over all ranks, by the rule of data.filters
     elapsed_s: float = 0.0  # training time over all attempts
+    fallbacks: int = 0  # damaged commits that resumes passed over
 
 
 class Run:
@@ -94,6 +96,9 @@ class Run:
         self.meter = Meter()
         self.metrics = Metrics(directory, engine.rank, recipe.total_steps, quiet)
         self.preemption = PreemptionFlag()
+        self.bad_steps = BadSteps(directory, recipe.step_policy, engine)
+        self.watchdog = Watchdog(directory, engine.rank, engine.world_size, recipe.engine.hang_timeout_s)
+        engine.mark = self.watchdog.mark
         self._started_s = 0.0  # start of the row being measured; waits that are not training move it
         self._wait_s = 0.0
         self._images = 0
@@ -105,16 +110,38 @@ class Run:
         self._ledger = Ledger(directory / "ledger", engine.rank, checkpointer.attempt)
 
     # -- resume -----------------------------------------------------------------------------------------------------
-    def resume(self, snapshot: Snapshot | None, groups: Callable[[], Groups]) -> None:
-        """Restores fragments and counters from a commit, if there is one."""
+    def resume(
+        self,
+        snapshot: Snapshot | None,
+        groups: Callable[[], Groups],
+        adopt: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Restores fragments and counters from a commit, if there is one.
+
+        Args:
+            snapshot: of the commit.
+            groups: gives the fragments.
+            adopt: is given the commit's state, for what is not among the fragments; now and after a roll-back.
+        """
+
+        def restore(snapshot: Snapshot) -> None:
+            snapshot.restore(groups())
+            self.engine.refresh_weights()
+            self.engine.set_adam_step(snapshot.state["adam_step"])
+            if adopt is not None:
+                adopt(snapshot.state)
+
+        self._restore = restore
+        self.checkpointer.reserve(groups())
         if snapshot is None:
             return
         for complaint in snapshot.complaints:
             self.metrics.say(f"warning: {complaint}; falling back to step {snapshot.step}")
-        snapshot.restore(groups())
-        self.engine.refresh_weights()
-        self.engine.set_adam_step(snapshot.state["adam_step"])
+        restore(snapshot)
+        if state := snapshot.state.get("step_policy"):  # not of a run from before there was one
+            self.bad_steps.policy.load(state)
         self.counters = Counters(**snapshot.state["counters"])
+        self.counters.fallbacks += snapshot.passed_over
         self._stamp = snapshot.state["data"]["stamp"]
         self._positions = dict(Cursor.from_dict(snapshot.state["data"]["cursor"]).positions)
 
@@ -150,22 +177,42 @@ class Run:
 
     # -- the loop ---------------------------------------------------------------------------------------------------
     def steps(self) -> Iterator[int]:
-        """Numbers of the steps still to take; the body may log, draw and save after its optimiser step."""
+        """Numbers of the steps still to take; the body may log, draw and save after its optimiser step.
+
+        Raises:
+            TrainingError: the run does not get out of bad steps.
+        """
         self._started_s = time.perf_counter()
         with self.preemption:
             while self.counters.step < self.recipe.total_steps:
+                if self.bad_steps.policy.gives_up:  # here, so that a resume from a commit amid bad steps does it too
+                    self._roll_back()
                 yield self.counters.step
                 self.counters.step += 1
 
+    def _roll_back(self) -> None:
+        """Back to the weights of before the bad steps, without going back in the data. Collective."""
+        with self.not_training_time("roll-back"):
+            told = self.bad_steps.roll_back(self.counters.step, self.checkpointer, self._restore)
+        self.metrics.say(f"warning: {told}")
+
     def micro_batches(self, loader: Iterator[Batch]) -> Iterator[Batch]:
-        """The micro-batches of one optimiser step; waiting for them is measured, bad samples are recorded."""
+        """The micro-batches of one optimiser step; waiting for them is measured, bad samples are recorded.
+
+        Behind the last one the step is judged. A bad one counts like any other; the row's means leave it out.
+        """
+        batches = []
+        self.meter.mark()
         for _ in range(self.engine.accumulation_steps):
+            self.watchdog.mark("data", self.counters.step + 1)
             before = time.perf_counter()
             batch = next(loader)
+            batches.append(batch)
             self._wait_s += time.perf_counter() - before
             if batch.bad:
                 self._quarantine(batch)
             self._filtered.update(batch.filtered_by)
+            self.watchdog.mark("forward")
             yield batch
             self._positions[batch.stream] = batch.positions
             self._ledger.add(batch)
@@ -173,6 +220,8 @@ class Run:
             self.counters.micro_batches += self.engine.world_size
             self.counters.images_seen += images
             self._images += images
+        if self.bad_steps.close_step(self.counters.step + 1, batches):
+            self.meter.rewind()
 
     def due(self, every_steps: int) -> bool:
         """Is something that happens every so many steps, and at the last one, due after this step?"""
@@ -180,8 +229,9 @@ class Run:
         return step % every_steps == 0 or step == self.recipe.total_steps
 
     @contextmanager
-    def not_training_time(self) -> Iterator[None]:
-        """Leaves pictures and saves out of images/s."""
+    def not_training_time(self, phase: str = "pictures") -> Iterator[None]:
+        """Leaves pictures and saves out of images/s. The watchdog is told the phase."""
+        self.watchdog.mark(phase)
         before = time.perf_counter()
         yield
         self._started_s += time.perf_counter() - before
@@ -190,6 +240,7 @@ class Run:
         """Writes a row if one is due after this step. Collective when due."""
         if not self.due(self.recipe.log_every_steps):
             return
+        self.watchdog.mark("row")
         step, total_steps = self.counters.step + 1, self.recipe.total_steps
         means = self.meter.read(self.engine.mean)
         seconds = time.perf_counter() - self._started_s
@@ -204,54 +255,70 @@ class Run:
             **means,
             **extra,
             "grad_norm": self.engine.grad_norm(),
-            "skipped_steps": self.engine.skipped_steps,
+            **self.bad_steps.row(),
             "bad_samples": self.counters.bad_samples,
             **({"filtered": self.counters.filtered} if self.counters.filtered else {}),
             "images_per_s": self._images / seconds,
             "data_wait_share": self._wait_s / seconds,
             "eta_s": self.counters.elapsed_s / step * (total_steps - step),
+            **self._of_saves(),
         }
         self.metrics.write(row)
         self.metrics.show(step, total_steps, row)
         self._wait_s, self._images, self._bad, self._started_s = 0.0, 0, 0, time.perf_counter()
-        self._refuse_worthless(step, means["loss"])
+        self._refuse_bad_data()
 
     def save_if_due(self, groups: Callable[[], Groups]) -> None:
-        """Commits a checkpoint of the state after this step when one is due or a signal asked for it. Collective.
+        """Saves the state after this step when that is due or a signal asked for it, beside the training. Collective.
+
+        Returns when the save is committed only at the last step and at a signal. At every logged row the ranks tell
+        each other how a save under way is.
 
         Raises:
+            TrainingError: too many saves failed in a row, or the one that must not fail.
             Preempted: a signal asked to stop, and the commit is there.
         """
         step = self.counters.step + 1
-        stop = self.due(self.recipe.log_every_steps) and self._sum_over_ranks(bool(self.preemption)) > 0
-        if not (stop or self.due(self.recipe.checkpoint.every_steps)):
-            return
-        state = {
-            "counters": {**vars(self.counters), "step": step},
-            "adam_step": self.engine.adam_step(),
-            "data": {"stamp": self._stamp, "cursor": self._cursor().to_dict()},
-            **self.describe(),
-        }
-        with self.not_training_time():
-            self._write_ledger()  # before the commit: what it counts is on record
-            self.checkpointer.save(step, groups(), state)
+        row = self.due(self.recipe.log_every_steps)
+        stop = row and self._sum_over_ranks(bool(self.preemption)) > 0
+        with self.not_training_time("save"):
+            if row:
+                self.checkpointer.poll()
+            if stop or (self.due(self.recipe.checkpoint.every_steps) and not self._amid_bad_steps()):
+                self.checkpointer.save(step, groups(), self._state(step), self._write_ledger)
+            if stop or step == self.recipe.total_steps:
+                self.checkpointer.finish()
         if stop and step < self.recipe.total_steps:
             raise Preempted(f"preempted: {self.directory} is saved at step {step}; the same command resumes")
 
+    def _amid_bad_steps(self) -> bool:
+        """A commit now would hold the weights of before them, and push an older one out."""
+        return self.bad_steps.policy.bad_in_a_row > 0 and self.counters.step + 1 < self.recipe.total_steps
+
     def close(self) -> None:
+        self.watchdog.stop()
         self.metrics.close()
         self.engine.close()
 
+    def _state(self, step: int) -> dict[str, Any]:
+        """What a commit says beside the tensors. Collective."""
+        return {
+            "counters": {**vars(self.counters), "step": step, "filtered": dict(self.counters.filtered)},
+            "adam_step": self.engine.adam_step(),
+            "step_policy": self.bad_steps.policy.state(),
+            "data": {"stamp": self._stamp, "cursor": self._cursor().to_dict()},
+            **self.describe(),
+        }
+
     def _write_ledger(self) -> None:
-        """An error on one rank is an error on all. Collective."""
-        error = None
-        try:
-            self._ledger.write(self.counters.micro_batches)
-        except DataError as caught:
-            error = str(caught)
-        for found in self.engine.exchange(error):
-            if found:
-                raise TrainingError(found)
+        """Before every try of a save, so that what its commit counts is on record."""
+        self._ledger.write(self.counters.micro_batches)
+
+    def _of_saves(self) -> dict[str, float]:
+        """What a row says of the saves since the last one."""
+        stall_s, self.checkpointer.stall_s = self.checkpointer.stall_s, 0.0
+        failed, fallbacks = self.checkpointer.failed_saves, self.counters.fallbacks
+        return {"save_stall_s": stall_s, "failed_saves": failed, **({"fallbacks": fallbacks} if fallbacks else {})}
 
     def _cursor(self) -> Cursor:
         """Where the data stands on all ranks: a stream is read by the rank that its number gives. Collective."""
@@ -276,13 +343,8 @@ class Run:
         self.counters.filtered = dict(sorted(found.items()))
         self._filtered.clear()
 
-    def _refuse_worthless(self, step: int, loss: float) -> None:
-        """Stops a run that learns nothing any more: a loss that is not finite, or too many bad samples."""
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"loss is {loss} at step {step} of {self.directory}; lower optim.learning_rate or "
-                "engine.max_grad_norm, then start another --run"
-            )
+    def _refuse_bad_data(self) -> None:
+        """Stops a run with too many bad samples."""
         allowed = self.recipe.data.max_bad_fraction * max(self.counters.images_seen, 1000)
         if self.counters.bad_samples > allowed:
             worst = "".join(f", most of them in {shard}" for shard, _ in self._bad_shards.most_common(1))

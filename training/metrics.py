@@ -19,6 +19,15 @@ class Meter:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._mark: tuple[dict[str, Tensor], dict[str, int]] = ({}, {})
+
+    def mark(self) -> None:
+        """The place to which `rewind` goes back: before a step that may turn out bad."""
+        self._mark = dict(self._sums), dict(self._counts)
+
+    def rewind(self) -> None:
+        """Forgets what was added since `mark`."""
+        self._sums, self._counts = self._mark
 
     @torch.no_grad()
     def add(self, **values: Tensor) -> None:
@@ -29,7 +38,7 @@ class Meter:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last read, averaged over ranks by one collective; empties the meter."""
+        """Means since the last read, averaged over ranks by one collective; empties the meter. {} if it is empty."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -78,7 +87,8 @@ class Metrics:
         if self.rank != 0 or self._quiet:
             return
         wait = 100 * row["data_wait_share"]
-        line = f"loss {row['loss']:.4f}  {row['images_per_s']:.0f} images/s  data wait {wait:.1f} %"
+        loss = f"{row['loss']:.4f}" if "loss" in row else "–"  # no step since the last row was good
+        line = f"loss {loss}  {row['images_per_s']:.0f} images/s  data wait {wait:.1f} %"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, line=line)
         elif step == total_steps or time.monotonic() - self._last_line_s > 10:

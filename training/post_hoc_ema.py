@@ -7,24 +7,26 @@ have in common is kept exactly however rough the fit.
 """
 
 import json
-from contextlib import ExitStack
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.manifest import Manifest, list_commits, read_manifest, step_folder
-from data.object_store import fetch_tree, join, open_store
-from models.artifact import sha256_of
+from data.commit import Commit
+from data.manifest import list_commits, read_manifest, verify
+from data.object_store import open_store
 from training.ema import check_sigma_rel, gamma_of
 from training.errors import TrainingError
 
 PREFIX = "ema-power-"
+BATCH_ELEMENTS = 1 << 26  # of tensors that are read and summed at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Fit:
 class _Stored:
     profile: Profile
     group: str
-    manifest: Manifest
+    commit: Commit
 
 
 def dot(a: Profile, b: Profile) -> float:
@@ -96,7 +98,7 @@ def write_post_hoc_ema(url: str, sigma_rel: float, out: Path, step: int | None =
     end = steps[-1] if step is None and steps else step
     if end is None or end not in steps:
         raise TrainingError(f"{url} has no commit of step {end}; there are: {', '.join(map(str, steps)) or 'none'}")
-    stored = _stored([read_manifest(store, number) for number in steps if number <= end])
+    stored = _stored([Commit(store, read_manifest(store, number)) for number in steps if number <= end])
     wanted = Profile(gamma=gamma_of(sigma_rel), step=end)
     if not stored or (len(stored) == 1 and stored[0].profile != wanted):
         raise TrainingError(
@@ -109,7 +111,7 @@ def write_post_hoc_ema(url: str, sigma_rel: float, out: Path, step: int | None =
         for average, weight in zip(stored, found.weights, strict=True)
     ]
     facts = {"step": end, "sigma_rel": sigma_rel, "residual": found.residual, "used": used}
-    tensors = _combine(url, stored, found.weights)
+    tensors = _combine(stored, found.weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in facts.items()})
@@ -117,48 +119,53 @@ def write_post_hoc_ema(url: str, sigma_rel: float, out: Path, step: int | None =
     return facts
 
 
-def _stored(manifests: list[Manifest]) -> list[_Stored]:
+def _stored(commits: list[Commit]) -> list[_Stored]:
     """The power-function averages of all commits; the step of a commit is that of its averages."""
     return [
-        _Stored(profile=Profile(gamma=gamma_of(float(group.removeprefix(PREFIX))), step=manifest.step),
-                group=group, manifest=manifest)
-        for manifest in manifests
-        for group in sorted(manifest.meta.get("index", {}))
+        _Stored(profile=Profile(gamma=gamma_of(float(group.removeprefix(PREFIX))), step=commit.manifest.step),
+                group=group, commit=commit)
+        for commit in commits
+        for group in sorted(commit.groups)
         if group.startswith(PREFIX)
     ]  # fmt: skip
 
 
-def _combine(url: str, stored: list[_Stored], weights: NDArray[np.float64]) -> dict[str, Tensor]:
-    """Weighted sums by parameter name, in float64 one tensor at a time: large weights of both signs may cancel."""
-    with ExitStack() as stack:
-        files = [_open(url, average, stack) for average in stored]
-        tensors = {}
-        for name in files[-1]:
-            try:
-                total = sum(
-                    weight * opened[name].get_tensor(name).double()
-                    for weight, opened in zip(weights.tolist(), files, strict=True)
-                )
-            except (KeyError, RuntimeError):
-                raise TrainingError(
-                    f"{url}: {name} is not in every commit with the same shape; the folder holds more than one run"
-                ) from None
-            assert isinstance(total, Tensor)
-            tensors[name] = total.float()
+def _combine(stored: list[_Stored], weights: NDArray[np.float64]) -> dict[str, Tensor]:
+    """Weighted sums by parameter name, in float64 a batch of tensors at a time: large weights of both signs may cancel.
+
+    Everything is verified first.
+    """
+    for average in stored:
+        commit = average.commit
+        files = commit.files(average.group)
+        problems = verify(commit.store, commit.manifest.step, commit.manifest, files)
+        if problems:
+            raise TrainingError(f"{problems[0]}; restore it or delete the commit")
+    shapes = stored[-1].commit.shapes(stored[-1].group)
+    if any(average.commit.shapes(average.group) != shapes for average in stored):
+        raise TrainingError(
+            f"{stored[-1].commit.store.url}: not every commit has the same tensors; the folder holds more than one run"
+        )
+    tensors: dict[str, Tensor] = {}
+    for names in _batches(shapes):
+        totals = {name: np.zeros(math.prod(shapes[name])) for name in names}
+        for weight, average in zip(weights.tolist(), stored, strict=True):
+            parts = {name: np.empty(len(total), np.float32) for name, total in totals.items()}
+            average.commit.fill(average.group, {name: (0, part) for name, part in parts.items()})
+            for name, part in parts.items():
+                totals[name] += weight * part.astype(np.float64)
+        tensors |= {name: torch.from_numpy(totals[name].astype(np.float32).reshape(shapes[name])) for name in names}
     return tensors
 
 
-def _open(url: str, average: _Stored, stack: ExitStack) -> dict[str, Any]:
-    """The group's verified files by parameter name."""
-    index: dict[str, str] = average.manifest.meta["index"][average.group]
-    opened = {}
-    for key in sorted(set(index.values())):
-        place = join(url, step_folder(average.manifest.step), key)
-        path = fetch_tree(place)
-        try:
-            if sha256_of(path) != average.manifest.files[key].sha256:
-                raise TrainingError(f"{place}: SHA-256 is not what the manifest says; restore it or delete the commit")
-            opened[key] = stack.enter_context(safe_open(str(path), framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(f"{place} is not readable ({error}); restore it or delete the commit") from None
-    return {name: opened[key] for name, key in index.items()}
+def _batches(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    """Names of tensors that are read at once: few requests, yet not the whole model in float64."""
+    names: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        if names and size + math.prod(shape) > BATCH_ELEMENTS:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += math.prod(shape)
+    yield names

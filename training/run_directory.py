@@ -13,9 +13,23 @@ from launch.runtime import Ranks
 from training.errors import TrainingError
 
 # A resumed run may change these; anything else would make it another run.
-CHANGEABLE = {"total_steps", "log_every_steps", "sample_every_steps", "samples", "checkpoint", "validation_shards"}
+CHANGEABLE = {
+    *(
+        "total_steps",
+        "log_every_steps",
+        "sample_every_steps",
+        "samples",
+        "checkpoint",
+        "validation_shards",
+        "init_from",
+    ),
+    "step_policy",
+}
 # Data sets are known by their fingerprints (check_stamp), not by where they lie.
-CHANGEABLE_NESTED = {"engine": {"zero_stage"}, "data": {"num_workers", "shards", "mix", "max_bad_fraction"}}
+CHANGEABLE_NESTED = {
+    "engine": {"zero_stage", "offload_optimizer", "activation_checkpointing", "compile", "hang_timeout_s"},
+    "data": {"num_workers", "shards", "mix", "max_bad_fraction"},
+}
 
 
 def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) -> None:
@@ -28,10 +42,10 @@ def open_run_directory(directory: Path, recipe: Any, kind: str, ranks: Ranks) ->
             raise TrainingError(f"{path} holds no recipe; restore it, or give another --run")
         refuse_other_recipe(_completed(old, type(recipe), path), resolved, directory)
     elif ranks.rank == 0:
-        if directory.exists() and any(directory.iterdir()):
+        partial = path.with_suffix(".partial")  # also what a start leaves that was killed right here
+        if directory.exists() and any(found != partial for found in directory.iterdir()):
             raise TrainingError(f"{directory} exists but is no run (no run.yaml); choose another --run or empty it")
         directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         partial.write_text(dump_yaml({"recipe": resolved, "provenance": provenance()}), encoding="utf-8")
         partial.rename(path)
 

@@ -17,18 +17,22 @@ from models.autoencoder import Autoencoder, save_autoencoder
 from models.discriminator import Discriminator
 from models.perceptual import load_perceptual
 from training.autoencoder_step import discriminator_step, generator_step
-from training.checkpoint import Checkpointer, Groups
+from training.checkpoint import Checkpointer, bring_up_to_date
+from training.checkpoint_writer import Groups
 from training.config import AutoencoderRecipe
 from training.diffusion_step import posterior_noise
 from training.ema import EMA
-from training.engine import Engine, Replica
+from training.engine import Engine
 from training.errors import TrainingError
 from training.hooks import write_grid
+from training.init_from import init_from
 from training.loop import Run, check_data
 from training.losses import psnr_db
 from training.optim import parameter_groups
+from training.replica import Replica
 from training.run_directory import open_run_directory
 from training.schedule import learning_rate
+from training.update_gate import guarded
 
 
 def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
@@ -41,6 +45,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
     indexes = check_data(recipe, engine)
+    bring_up_to_date(directory, recipe.checkpoint, engine, process.local_rank)
     refuse_encoded(indexes)
     if recipe.validation_shards:
         refuse_encoded([load_index(recipe.validation_shards)])
@@ -54,8 +59,10 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
     discriminator.init_weights(recipe.seed + 1)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
-    engine.shard(autoencoder, recipe.optim)
+    engine.shard(autoencoder, recipe.optim, autoencoder.blocks)
     replica = Replica(discriminator, recipe.discriminator_optim, engine.device)
+    if recipe.init_from and snapshot is None:
+        init_from(recipe.init_from, "autoencoder", engine, directory)
     ema = EMA(recipe.ema, engine.weight_fragments())
     if perceptual is not None:
         perceptual.to(engine.device)
@@ -65,17 +72,18 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
         return {"model": engine.weight_fragments(), **ema.groups(), **engine.moment_fragments(), **adversary}
 
     run = Run(directory, recipe, engine, checkpointer, replica.counters, indexes, quiet)
-    run.resume(snapshot, groups)
-    if snapshot is not None:
-        replica.set_adam_step(snapshot.state["discriminator_adam_step"])
+    replica.judge = run.bad_steps.policy.judge_discriminator
+    run.resume(snapshot, groups, lambda state: replica.set_adam_step(state["discriminator_adam_step"]))
 
     def averaged() -> Autoencoder:
         copy = Autoencoder(recipe.model).to(engine.device)
         copy.load_state_dict(engine.all_gather(ema.fragments()), strict=False)
         return copy.eval().requires_grad_(False)
 
-    loop(recipe, run, engine, replica, perceptual, ema, groups, averaged)
-    finish(recipe, run, engine, averaged())
+    with run.watchdog:
+        loop(recipe, run, engine, replica, perceptual, ema, groups, averaged)
+        run.watchdog.mark("finish")
+        finish(recipe, run, engine, averaged())
 
 
 def loop(
@@ -114,13 +122,13 @@ def loop(
                         last_conv=autoencoder.last_conv,
                         step=step,
                     )
-                engine.backward(turn.objective)  # on the last micro-batch: reduce, clip, AdamW
+                engine.backward(turn.objective, turn.scalars["loss"])  # on the last micro-batch: reduce, clip, AdamW
             run.meter.add(**turn.scalars)
             if step >= recipe.loss.disc_start_step:
                 with replica.accumulate(first=micro == 0, last=micro == engine.accumulation_steps - 1):
                     with engine.autocast():
                         disc_loss = discriminator_step(replica.model, images, turn.decoded, weights)
-                    (disc_loss / engine.accumulation_steps).backward()
+                    (guarded(disc_loss) / engine.accumulation_steps).backward()
                 run.meter.add(disc_loss=disc_loss)
         ema.update(step)
         run.log(lr=rate)

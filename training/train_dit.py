@@ -9,7 +9,8 @@ from models.autoencoder import load_autoencoder, save_autoencoder
 from models.dit import DiT, DiTConfig
 from models.pipeline import TextToImage
 from models.text_encoder import Conditioner
-from training.checkpoint import Checkpointer, Groups
+from training.checkpoint import Checkpointer, bring_up_to_date
+from training.checkpoint_writer import Groups
 from training.config import DiTRecipe
 from training.diffusion_step import diffusion_step
 from training.ema import EMA
@@ -17,6 +18,7 @@ from training.engine import Engine
 from training.errors import TrainingError
 from training.frozen import Frozen, check_encodings, load_frozen
 from training.hooks import sample_grid
+from training.init_from import init_from
 from training.loop import Run, check_data
 from training.optim import parameter_groups
 from training.run_directory import open_run_directory
@@ -33,7 +35,8 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     process, directory = ranks(), Path(run_dir)
     engine = Engine(recipe.engine, process.world_size)
     indexes = check_data(recipe, engine)
-    frozen = load_frozen(recipe)
+    bring_up_to_date(directory, recipe.checkpoint, engine, process.local_rank)
+    frozen = load_frozen(recipe, directory / "frozen")
     dit_config = dit_config_of(recipe, frozen)
     check_encodings(recipe, frozen, indexes)
     dit = DiT(dit_config)
@@ -43,10 +46,12 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     dit.init_weights(recipe.seed)
     checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
     snapshot = checkpointer.newest()
-    engine.shard(dit, recipe.optim)
+    engine.shard(dit, recipe.optim, dit.blocks)
     # Stored features need the text encoders for the null condition and the sample grids alone: no GPU memory for that.
     frozen.to(engine.device, text=any(index.encoding is None for index in indexes))
     keep_frozen(frozen, directory, engine)
+    if recipe.init_from and snapshot is None:
+        init_from(recipe.init_from, "text_to_image", engine, directory)
     ema = EMA(recipe.ema, engine.weight_fragments())
 
     def groups() -> Groups:
@@ -66,8 +71,10 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
                               recipe.diffusion, recipe.data.image_size)  # fmt: skip
         sample_grid(engine, ema.fragments(), sampler, recipe.samples, path)
 
-    loop(recipe, run, engine, ema, frozen, groups, draw)
-    finish(recipe, run, engine, ema, frozen, dit_config)
+    with run.watchdog:
+        loop(recipe, run, engine, ema, frozen, groups, draw)
+        run.watchdog.mark("finish")
+        finish(recipe, run, engine, ema, frozen, dit_config)
 
 
 def loop(
@@ -136,9 +143,11 @@ def dit_config_of(recipe: DiTRecipe, frozen: Frozen) -> DiTConfig:
 def keep_frozen(frozen: Frozen, directory: Path, engine: Engine) -> None:
     """Keeps the frozen networks in the run, so that its checkpoints need nothing else; refuses others on resume."""
     kept = directory / "frozen"
-    if engine.rank == 0 and not kept.exists():
-        save_autoencoder(kept / "autoencoder", frozen.autoencoder)
-        frozen.conditioner.save(kept / "text_encoders")
+    if engine.rank == 0:  # each is there whole or not at all; a kill may have come between them
+        if not (kept / "autoencoder").exists():
+            save_autoencoder(kept / "autoencoder", frozen.autoencoder)
+        if not (kept / "text_encoders").exists():
+            frozen.conditioner.save(kept / "text_encoders")
     engine.barrier()
     _, fingerprint = load_autoencoder(kept / "autoencoder")
     for what, was, now in (

@@ -1,12 +1,11 @@
 """Two real DeepSpeed ranks against plain torch, for every ZeRO stage, and checkpoints carried from stage to stage."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from launch.runtime import spawn
+from tests.helpers.warm_ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,10 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     worker = ROOT / "tests" / "helpers" / "engine_worker.py"
-    import os
-
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    assert spawn(2, [sys.executable, str(worker), str(folder)], env) == 0
+    result = run_ranks(2, worker, folder)
+    assert result.code == 0, result.err
     return json.loads((folder / "results.json").read_text())
 
 
@@ -30,10 +27,11 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_and_averages_are_those_of_one_process(results, case):
-    """Accumulation 2, clipping active, a falling rate, two or four parameter groups; the difference is the order of a float32 sum."""
+    """Accumulation 2, clipping active, a falling rate, several parameter groups; what differs is the order of a sum."""
     assert results[case]["weights"] < 1e-6
     assert results[case]["ema"] < 1e-6
     assert results[case]["adam_step"] == 5
+    assert max(map(abs, results[case]["norms"])) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -45,12 +43,3 @@ def test_what_is_saved_is_what_trains(results, case):
 def test_ema_is_sharded_like_the_masters(results, stage, owned):
     """429 parameters over two ranks: half each, plus the padding of two groups."""
     assert results[f"stage {stage}"]["ema_elements_on_this_rank"] <= owned
-
-
-def test_a_save_that_one_rank_cannot_make_fails_on_all(results):
-    """And a deletion that fails afterwards costs nothing: the new commit is good, the old one stays."""
-    told, kept = results["stage 2"]["told"], results["stage 2"]["kept"]
-    assert told[0] == told[1] and len(told[0]) == 2
-    assert "step-00000001 was not committed: rank 1: the disk is full" in told[0][0]
-    assert "step-00000002 was not committed: the disk is full" in told[0][1]
-    assert kept == [3, 4, 5]

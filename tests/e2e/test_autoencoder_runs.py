@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.helpers.command import darkroom
+from tests.helpers import command
+from tests.helpers.warm_ranks import darkroom
 from training.metrics import read_metrics
 
 KEYS = ("loss", "rec_loss", "kl", "psnr_db", "adv_g", "disc_loss", "adaptive_weight")
@@ -17,7 +18,7 @@ def curve(run):
 @pytest.fixture(scope="module")
 def whole(world):
     run = world.folder / "autoencoder-whole"
-    result = darkroom("train", "autoencoder", world.autoencoder_recipe, "--run", run, "--nproc", 2)
+    result = command.darkroom("train", "autoencoder", world.autoencoder_recipe, "--run", run, "--nproc", 2)
     assert result.code == 0, result.err
     assert "trains without the perceptual loss" in result.out + result.err
     return run
@@ -41,9 +42,9 @@ def test_one_process_gives_the_same_curve(world, whole):
 
 def test_sigkill_and_resume_repeats_the_curve_bit_for_bit(world, whole):
     run = world.folder / "autoencoder-killed"
-    command = ("train", "autoencoder", world.autoencoder_recipe, "--run", run, "--nproc", 2)
-    assert darkroom(*command, die="log:5:1").code == 137
-    result = darkroom(*command)
+    arguments = ("train", "autoencoder", world.autoencoder_recipe, "--run", run, "--nproc", 2)
+    assert darkroom(*arguments, die="log:5:1").code == 137
+    result = darkroom(*arguments)
     assert result.code == 0, result.err
     assert curve(run) == curve(whole)
     assert (run / "artifact" / "model.safetensors").read_bytes() == (

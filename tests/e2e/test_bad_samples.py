@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data.shards import write_shards
-from tests.helpers.command import darkroom
+from tests.helpers.warm_ranks import darkroom
 
 REASONS = ("not a readable JPEG, PNG or WebP", "empty caption", "not UTF-8")
 

@@ -6,7 +6,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers.command import darkroom
+from tests.helpers import command
+from tests.helpers.warm_ranks import darkroom
 from training.metrics import read_metrics
 
 EXACT = ("loss", "latent_std", "dropped_clip_a", "dropped_clip_b", "dropped_t5", "grad_norm", "lr", "images_seen")
@@ -25,9 +26,9 @@ def committed(run, step):
 
 @pytest.fixture(scope="module")
 def whole(world):
-    """Eight steps on two ranks under ZeRO-2, undisturbed."""
+    """Eight steps on two ranks under ZeRO-2, undisturbed; the command as a user starts it."""
     run = world.folder / "whole"
-    result = darkroom("train", "dit", world.dit, "--run", run, "--nproc", 2)
+    result = command.darkroom("train", "dit", world.dit, "--run", run, "--nproc", 2)
     assert result.code == 0, result.err
     return run
 
@@ -37,13 +38,27 @@ def test_the_run_directory_is_as_documented(whole):
         path.name for path in whole.iterdir()
     }
     assert [row["step"] for row in read_metrics(whole / "metrics.jsonl")] == list(range(1, 9))
-    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    names = [path.name for path in sorted((whole / "checkpoints").iterdir())]
+    assert names == ["attempts", "step-00000004", "step-00000008"]
     assert (whole / "samples" / "step-00000008.png").exists()
     manifest = json.loads((whole / "checkpoints" / "step-00000008" / "manifest.json").read_text())
-    assert set(manifest["meta"]["index"]) == {
+    assert set(manifest["meta"]["groups"]) == {
         *("model", "ema-0.9", "ema-0.5", "ema-power-0.10", "exp_avg", "exp_avg_sq")
     }
     assert manifest["meta"]["state"]["counters"]["micro_batches"] == 8 * 8 // 2
+
+
+def test_ranks_forked_from_a_warm_process_write_the_same_bytes(world, whole):
+    """What the tests that start their runs so (tests/helpers/warm_ranks.py) rest on."""
+    run = world.folder / "warm"
+    result = darkroom("train", "dit", world.dit, "--run", run, "--nproc", 2)
+    assert result.code == 0, result.err
+    assert curve(run) == curve(whole)
+    for step in (4, 8):
+        mine, theirs = (committed(folder, step) for folder in (run, whole))
+        assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in theirs)
+    for file in ("artifact/model.safetensors", "samples/step-00000008.png"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
 
 
 @pytest.mark.parametrize("ranks, stage", [(1, 0), pytest.param(2, 1, marks=pytest.mark.all), (2, 3)])
@@ -67,12 +82,12 @@ def test_curve_does_not_depend_on_ranks_or_stage(world, whole, ranks, stage):
 )
 def test_sigkill_and_resume_repeats_the_curve_bit_for_bit(world, whole, die, resumes_at):
     run = world.folder / die.replace(":", "-")
-    command = ("train", "dit", world.dit, "--run", run, "--nproc", 2)
-    killed = darkroom(*command, die=die)
+    arguments = ("train", "dit", world.dit, "--run", run, "--nproc", 2)
+    killed = darkroom(*arguments, die=die)
     assert killed.code == 137
     assert len(killed.error_lines) == 1 and "SIGKILL" in killed.error_lines[0]
     assert not (run / "checkpoints" / "step-00000008" / "manifest.json").exists()
-    resumed = darkroom(*command)
+    resumed = darkroom(*arguments)
     assert resumed.code == 0, resumed.err
     assert f"resuming {run} at step {resumes_at}" in resumed.err
     assert curve(run) == curve(whole)
@@ -80,6 +95,21 @@ def test_sigkill_and_resume_repeats_the_curve_bit_for_bit(world, whole, die, res
     assert all(mine[name].equal(theirs[name]) for name in theirs)
     mine, theirs = (committed(folder, 8) for folder in (run, whole))
     assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in theirs)
+
+
+def test_a_signal_saves_and_asks_for_a_requeue(world, whole):
+    """The parent passes it on; the ranks agree at a row, commit, and all end with the exit code of a preempted run."""
+    run = world.folder / "preempted"
+    arguments = ("train", "dit", world.dit, "--run", run, "--nproc", 2, "total_steps=200")
+    stopped = command.darkroom(*arguments, die="signal:3:1")
+    assert stopped.code == 75, stopped.err
+    rows = curve(run)
+    step = len(rows)
+    assert 3 <= step < 200 and rows[:8] == curve(whole)[:step]
+    assert stopped.err.endswith(f"preempted: {run} is saved at step {step}; the same command resumes\n")
+    resumed = darkroom(*arguments[:-1], f"total_steps={step + 1}")
+    assert resumed.code == 0 and f"resuming {run} at step {step}" in resumed.err, resumed.err
+    assert curve(run)[:step] == rows and len(curve(run)) == step + 1
 
 
 def test_damaged_checkpoint_falls_back_and_says_so(world, whole):

@@ -19,8 +19,9 @@ from data.loader import LoaderConfig, build_loader
 from data.streams import unpack_visits
 from launch.runtime import free_port
 from tests.helpers import tiny
-from tests.helpers.command import darkroom, write_recipe
+from tests.helpers.command import write_recipe
 from tests.helpers.ledger_runs import Start, recorded, simulate, unequal_shards
+from tests.helpers.warm_ranks import darkroom
 from training.metrics import read_metrics
 
 STEPS, PER_STEP, B = 16, 4, 2  # steps; micro-batches a step over all ranks; samples

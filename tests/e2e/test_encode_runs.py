@@ -7,7 +7,8 @@ import pytest
 
 from data.index import load_index
 from tests.helpers import tiny
-from tests.helpers.command import darkroom, write_recipe
+from tests.helpers.command import write_recipe
+from tests.helpers.warm_ranks import darkroom
 from training.config import EncodeRecipe
 from training.metrics import read_metrics
 

@@ -5,9 +5,9 @@ import os
 import pytest
 
 from data.object_store import S3Store, put_tree
-from tests.helpers.command import darkroom
 from tests.helpers.fault_proxy import Fault, FaultProxy
 from tests.helpers.s3_servers import moto_server, use_endpoint
+from tests.helpers.warm_ranks import darkroom
 from training.metrics import read_metrics
 
 FAULTS = (

@@ -1,4 +1,4 @@
-"""Runs the darkroom command as a user does, in a process of its own."""
+"""Runs the darkroom command as a user does: a cold start. tests/helpers/warm_ranks.py has a faster one."""
 
 import os
 import subprocess
@@ -10,6 +10,7 @@ from typing import Any
 from launch.config_io import dump_yaml, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
+DYING = ROOT / "tests" / "helpers" / "dying_darkroom.py"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ def darkroom(*arguments: object, die: str = "", env: dict[str, str] | None = Non
     """`darkroom ARGUMENTS`; `die` makes a rank kill itself (see dying_darkroom.py)."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     environment["DARKROOM_TEST_DIE"] = die
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "dying_darkroom.py"), *map(str, arguments)]
+    script = DYING if die else Path(sys.executable).with_name("darkroom")
+    command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     return Result(done.returncode, done.stdout, done.stderr)
 

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.errors import DataError
-from data.manifest import list_commits
 from launch.runtime import ranks
-from training.checkpoint import CheckpointConfig, Checkpointer, Groups
+from training.checkpoint import CheckpointConfig, Checkpointer
 from training.ema import EMA, EMAConfig, gamma_of, power_name
 from training.engine import Engine, EngineConfig
-from training.errors import TrainingError
 from training.optim import OptimConfig, ParameterGroup, build_adamw, set_learning_rate
 
 STEPS, MICRO, GLOBAL = 5, 2, 8
@@ -55,22 +52,23 @@ def rate(step: int) -> float:
     return OPTIM.learning_rate * (1 - 0.1 * step)
 
 
-def reference(optim: OptimConfig) -> tuple[dict, dict]:
-    """Weights and averages after STEPS steps of plain torch on the whole batch."""
+def reference(optim: OptimConfig) -> tuple[dict, dict, list[float]]:
+    """Weights and averages after STEPS steps of plain torch on the whole batch, and the gradients' norms."""
     model = build()
     optimizer = build_adamw(model, optim)
     averages = {d: {n: p.detach().clone() for n, p in model.named_parameters()} for d in EMAS.names}
+    norms = []
     for step in range(STEPS):
         set_learning_rate(optimizer.param_groups, rate(step))
         optimizer.zero_grad()
         loss_of(model, torch.cat([micro_batch(step, i) for i in range(GLOBAL // MICRO)])).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
         power = (1 - 1 / (step + 1)) ** (gamma_of(0.1) + 1)
         for group, decay in (("ema-0.9", 0.9), ("ema-0.5", 0.5), (power_name(0.1), power)):
             for name, parameter in model.named_parameters():
                 averages[group][name].lerp_(parameter.detach(), 1 - decay)
-    return {n: p.detach() for n, p in model.named_parameters()}, averages
+    return {n: p.detach() for n, p in model.named_parameters()}, averages, norms
 
 
 def run_stage(
@@ -93,18 +91,22 @@ def run_stage(
         snapshot.restore(groups())
         engine.refresh_weights()
         engine.set_adam_step(snapshot.state["adam_step"])
+    norms = []
     for step in range(start, start + steps):
         engine.set_learning_rate(rate(step))
         for accumulation in range(engine.accumulation_steps):
             with engine.accumulate():
                 number = accumulation * process.world_size + process.rank
                 engine.backward(loss_of(engine.model, micro_batch(step, number)))
+        norms.append(engine.grad_norm())
         ema.update(step)
     sharded = sum(f.data.numel() for f in ema.fragments().values())
-    Checkpointer(folder, CheckpointConfig(), engine).save(start + steps, groups(), {"adam_step": engine.adam_step()})
-    saved = Checkpointer(folder, CheckpointConfig(), engine).newest()
+    keeper = Checkpointer(folder, CheckpointConfig(), engine)
+    keeper.save(start + steps, groups(), {"adam_step": engine.adam_step()})
+    keeper.finish()
+    saved = keeper.newest()
     assert saved is not None
-    weights, averages = reference(optim)
+    weights, averages, expected = reference(optim)
     live = engine.all_gather(engine.weight_fragments())
     result = {
         "weights": max(float((saved.tensor("model", n) - w).abs().max()) for n, w in weights.items()),
@@ -116,36 +118,10 @@ def run_stage(
         ),
         "ema_elements_on_this_rank": sharded,
         "adam_step": engine.adam_step(),
+        "norms": [norm / wanted - 1 for norm, wanted in zip(norms, expected[start : start + steps], strict=True)],
     }
-    if stage == 2 and source is None:
-        result["told"], result["kept"] = failing_saves(engine, groups(), folder.with_suffix(".failing"))
     engine.barrier()
     return result
-
-
-def failing_saves(engine: Engine, groups: Groups, folder: Path) -> tuple[list[list[str]], list[int]]:
-    """Saves while the store refuses: a file of rank 1, then the manifest, then, after two good saves, a deletion.
-
-    Returns what each rank was told, and the commits that are there in the end.
-    """
-    keeper = Checkpointer(folder, CheckpointConfig(keep_last=2), engine)
-    told = []
-
-    def refuse(*_: object) -> None:
-        raise DataError("the disk is full")
-
-    for step, (rank, method) in enumerate(
-        ((1, "put_file"), (0, "put_if_absent"), (-1, ""), (-1, ""), (0, "delete")), 1
-    ):
-        if rank == engine.rank:
-            setattr(keeper.store, method, refuse)
-        try:
-            keeper.save(step, groups, {})
-        except TrainingError as error:
-            told.append(str(error))
-        if rank == engine.rank:
-            delattr(keeper.store, method)
-    return engine.exchange(told), list_commits(keeper.store)
 
 
 def forget_accelerate() -> None:

@@ -299,21 +299,14 @@ def test_checkpoints_are_listed_and_verified(darkroom: Any, tmp_path: Path) -> N
 
 def test_an_average_is_found_from_those_that_were_kept(darkroom: Any, tmp_path: Path) -> None:
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
-    from data.manifest import FileEntry, Manifest, file_sha256, step_folder, write_manifest
-    from data.object_store import open_store
+    from tests.helpers.commits import write_commit
 
     run, out = tmp_path / "run", tmp_path / "found" / "average.safetensors"
-    store, files, index = open_store(str(run / "checkpoints")), {}, {}
-    for group, value in (("ema-power-0.05", 1.0), ("ema-power-0.10", 2.0)):
-        key = f"a0/{group}-00000.safetensors"
-        save_file({"weight": torch.full((2, 2), value)}, tmp_path / "staging")
-        store.put_file(tmp_path / "staging", f"{step_folder(8)}/{key}")
-        digest = file_sha256(store, f"{step_folder(8)}/{key}")
-        files[key] = FileEntry(size_bytes=(tmp_path / "staging").stat().st_size, sha256=digest)
-        index[group] = {"weight": key}
-    assert write_manifest(store, step_folder(8), Manifest(step=8, attempt="a0", files=files, meta={"index": index}))
+    values = {"ema-power-0.05": 1.0, "ema-power-0.10": 2.0}
+    tensors = {group: {"weight": torch.full((2, 2), value)} for group, value in values.items()}
+    write_commit(run / "checkpoints", 8, tensors)
 
     command = ("checkpoint", "ema", str(run), "--sigma-rel", "0.1", "--out")
     code, printed, _ = darkroom(*command, str(out))

@@ -1,6 +1,5 @@
 """Averages against their formulas, and averages found afterwards against those that were kept."""
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from data.manifest import FileEntry, Manifest, step_folder, write_manifest
-from data.object_store import open_store
+from data.manifest import step_folder
+from tests.helpers.commits import write_commit
 from training.ema import EMA, EMAConfig, ema_decay, gamma_of, power_name, sigma_rel_of
 from training.engine import Fragment, scatter
 from training.errors import TrainingError
@@ -169,24 +168,14 @@ def committed(url: Path, walk: np.ndarray, steps: range, sigma_rels: tuple[float
     """Commits as training writes them, of the averages of `walk` and of nothing else."""
     weights = fragments(30, 18)
     ema = EMA(EMAConfig(decays=(0.9,), sigma_rels=sigma_rels), weights)
-    store = open_store(str(url))
     for step, row in enumerate(walk):
         weights["w0"].data.copy_(torch.from_numpy(row[:30]))
         weights["w1"].data.copy_(torch.from_numpy(row[30:]))
         ema.update(step)
         if step + 1 not in steps:
             continue
-        files, index = {}, {}
-        for group, (rank, name) in itertools.product(ema.groups(), enumerate(("w0", "w1"))):
-            key = f"a0/{group}-{rank:05d}.safetensors"
-            path = url.parent / "staging"
-            save_file({name: ema.fragments(group)[name].data}, path)
-            content = path.read_bytes()
-            store.put_bytes(content, f"{step_folder(step + 1)}/{key}")
-            files[key] = FileEntry(size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-            index.setdefault(group, {})[name] = key
-        manifest = Manifest(step=step + 1, attempt="a0", files=files, meta={"index": index})
-        assert write_manifest(store, step_folder(step + 1), manifest)
+        tensors = {group: {n: f.data for n, f in average.items()} for group, average in ema.groups().items()}
+        write_commit(url, step + 1, tensors)
         yield step + 1
 
 

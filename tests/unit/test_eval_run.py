@@ -1,16 +1,12 @@
 """`run_eval` end to end on a tiny model, and the ways to open one."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from data.digits import write_digits
-from data.manifest import FileEntry, Manifest, write_manifest
-from data.object_store import open_store
 from eval.config import EvalData, EvalRecipe, ReaderConfig
 from eval.digit_reader import load_reader
 from eval.errors import EvalError
@@ -22,6 +18,7 @@ from eval.validation import fixed_times, validation_loss
 from models.artifact import config_to_dict
 from models.autoencoder import save_autoencoder
 from models.pipeline import TextToImage
+from tests.helpers.commits import write_commit
 from tests.helpers.evaluations import oracle, tiny_pipeline
 
 READER = ReaderConfig(num_pictures=512, epochs=4, batch_size=32)
@@ -124,31 +121,16 @@ def test_the_validation_loss_of_a_silent_network_is_the_target(model, digits) ->
 
 
 def write_checkpoint(run: Path, step: int, pipeline: TextToImage, scale: float) -> Path:
-    """A commit as training writes it: weights and their average by parameter name, in two files each."""
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    (folder / "a0").mkdir(parents=True)
-    files, index = {}, {}
-    for group, factor in (("model", 1.0), ("ema-0.9", scale)):
-        for number, half in enumerate(halves(pipeline.dit.state_dict())):
-            path = folder / "a0" / f"{group}-{number:05d}.safetensors"
-            save_file({name: (tensor * factor).cpu().contiguous() for name, tensor in half.items()}, path)
-            key = f"a0/{path.name}"
-            files[key] = FileEntry(size_bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-            index.setdefault(group, {}).update(dict.fromkeys(half, key))
+    """A commit of weights and their average, in the pieces of two ranks."""
     parts = {
         "dit": config_to_dict(pipeline.dit.config),
         "diffusion": config_to_dict(pipeline.diffusion),
         "image_size": 32,
         "weights": "ema-0.9",
     }
-    manifest = Manifest(step=step, attempt="a0", files=files, meta={"state": {"pipeline": parts}, "index": index})
-    assert write_manifest(open_store(str(run / "checkpoints")), folder.name, manifest)
-    return folder
-
-
-def halves(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    names = sorted(tensors)
-    return [{name: tensors[name] for name in part} for part in (names[::2], names[1::2])]
+    weights = pipeline.dit.state_dict()
+    average = {name: tensor * scale for name, tensor in weights.items()}
+    return write_commit(run / "checkpoints", step, {"model": weights, "ema-0.9": average}, {"pipeline": parts})
 
 
 def test_a_run_is_opened_at_its_artifact_or_newest_good_checkpoint(tmp_path) -> None:

@@ -18,8 +18,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "training": ("models", "data", "launch"),
     "eval": ("models", "data", "launch"),
 }
-# They import them inside their commands only.
-NAMES_EVERYBODY = tuple(f"launch/{name}.py" for name in ("cli", "cli_data", "cli_doctor", "cli_launch"))
+# And import them inside their commands only.
+NAMES_EVERYBODY = tuple(
+    f"launch/{name}.py" for name in ("cli", "cli_checkpoint", "cli_data", "cli_doctor", "cli_launch")
+)
 DOORS: dict[str, tuple[str, ...]] = {
     "boto3": ("data/s3_client.py",),
     "botocore": ("data/s3_client.py",),

@@ -314,9 +314,26 @@ def test_the_record_must_reach_the_newest_commit(run: Callable[[str], Path], mon
     last.unlink()
     verdict = check_ledger(folder)
     assert verdict.clean and verdict.micro_batches == 60  # as if the run were still before its last commit
-    monkeypatch.setattr(ledger_check, "_committed", lambda url: {"s3://bucket/run": 68}[url])
-    problems = check_ledger(folder, checkpoints="s3://bucket/run").problems
-    assert problems == ["attempt try-2, rank 0: micro-batches 60 to 67 (8) not recorded"]
+    states = {"s3://bucket/run": {"counters": {"micro_batches": 68, "step": 17}}}
+    monkeypatch.setattr(ledger_check, "_newest_state", states.__getitem__)
+    verdict = check_ledger(folder, checkpoints="s3://bucket/run")
+    assert verdict.problems == ["attempt try-2, rank 0: micro-batches 60 to 67 (8) not recorded"]
+    assert verdict.passed_over == [] and verdict.skipped_steps == 0
+
+
+def test_what_a_roll_back_passed_over_is_named_and_is_no_fault(
+    run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = {"skipped_steps": 3, "passed_over": [[2, 5], [5, 6]]}
+    state = {"counters": {"micro_batches": 60, "step": 15}, "step_policy": policy}
+    monkeypatch.setattr(ledger_check, "_newest_state", lambda url: state)
+    verdict = check_ledger(run("plain"), checkpoints="s3://bucket/run")
+    assert verdict.clean and verdict.skipped_steps == 3
+    size = json.loads((verdict.folder / "attempts.jsonl").read_text().splitlines()[0])["stamp"]["micro_batch_size"]
+    assert verdict.to_dict()["passed_over"] == [
+        {"steps": [2, 5], "micro_batches": [8, 20], "samples": 12 * size},
+        {"steps": [5, 6], "micro_batches": [20, 24], "samples": 4 * size},
+    ]
 
 
 def test_moved_and_other_data(

@@ -31,6 +31,8 @@ def end(rank: int, code: int, *signals: str, at_s: float = 0.0) -> RankEnd:
         # One rank is killed, the others are ended because of it.
         ([end(1, 137)], 137, False, (), "failed", ("n2",)),
         ([end(1, 137), end(0, 143, "SIGTERM")], 137, False, (), "failed", ("n2",)),
+        ([end(0, 1), end(1, 137)], 1, False, (), "failed", ("n2",)),
+        ([end(0, 1), replace(end(1, 1), has_said_why=True)], 1, False, (), "failed", ("n2",)),
         # All fail alike: a bug is no node's fault.
         ([end(0, 1), end(1, 1)], 1, False, (), "failed", ()),
         ([end(0, 2), end(1, 2)], 2, False, (), "mistake", ()),

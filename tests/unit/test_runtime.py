@@ -89,6 +89,47 @@ def test_a_connection_lost_to_a_rank_that_reported_shows_no_traceback(capfd: pyt
     assert capfd.readouterr().err == "error: the shard is missing\n"
 
 
+def test_a_bug_on_one_rank_is_said_first_and_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    body = (
+        "from launch import cli\n"
+        "from launch.runtime import other_rank_reported\n"
+        "def app():\n"
+        "    if RANK == 1:\n"
+        "        raise KeyError('a bug')\n"
+        "    while not other_rank_reported():\n"
+        "        time.sleep(0.01)\n"
+        "    raise RuntimeError('Connection closed by peer')\n"
+        "cli.app = app\n"
+        "cli.main()"
+    )
+    assert spawn(2, rank_program(body), {**os.environ, "PYTHONPATH": str(ROOT)}) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("Traceback") and "KeyError: 'a bug'" in said
+    assert said.endswith("error: rank 1: KeyError: 'a bug'\n")
+    assert "Connection" not in said
+
+
+def test_a_connection_lost_to_a_killed_rank_shows_no_traceback(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The peers of a killed rank learn of it before the parent does."""
+    body = (
+        "from pathlib import Path\n"
+        "from launch import cli\n"
+        f"gone = Path({str(tmp_path / 'gone')!r})\n"
+        "def app():\n"
+        "    if RANK == 1:\n"
+        "        gone.touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    while not gone.exists():\n"
+        "        time.sleep(0.01)\n"
+        "    raise RuntimeError('Connection closed by peer')\n"
+        "cli.app = app\n"
+        "cli.main()"
+    )
+    assert spawn(2, rank_program(body), {**os.environ, "PYTHONPATH": str(ROOT)}) == 137
+    assert capfd.readouterr().err == "error: rank 1 was killed by SIGKILL (out of memory?); the run was stopped\n"
+
+
 def test_a_failing_rank_ends_the_others_and_its_code_is_returned(capfd: pytest.CaptureFixture[str]) -> None:
     body = "sys.exit(7) if RANK == 1 else signal.pause()"
     assert spawn(2, rank_program(body)) == 7

@@ -21,7 +21,7 @@ from training.losses import (
     psnr_db,
     reconstruction_loss,
 )
-from training.metrics import Metrics, read_metrics
+from training.metrics import Meter, Metrics, read_metrics
 from training.run_directory import refuse_other_recipe
 
 
@@ -138,6 +138,22 @@ def test_a_run_is_told_from_another_by_the_field_that_differs(tmp_path):
         refuse_other_recipe(old, {**old, "engine": {"zero_stage": 2, "micro_batch_size": 8}}, tmp_path)
     with pytest.raises(TrainingError, match=r"optim.beta1 = 0.9, the recipe now says 0.8"):
         refuse_other_recipe(old, {**old, "optim": {"beta1": 0.8}}, tmp_path)
+
+
+def test_a_meter_forgets_a_bad_step_and_nothing_else():
+    meter, untouched = Meter(), Meter()
+    for value, bad in ((0.1, False), (math.nan, True), (0.2, False), (0.7, False)):
+        meter.mark()
+        meter.add(loss=torch.tensor(value), **({"new": torch.tensor(1.0)} if bad else {}))
+        if bad:
+            meter.rewind()
+        else:
+            untouched.add(loss=torch.tensor(value))
+    assert meter.read(lambda means: means) == untouched.read(lambda means: means)
+    meter.mark()
+    meter.add(loss=torch.tensor(math.nan))
+    meter.rewind()
+    assert meter.read(lambda means: means) == {}
 
 
 def test_metrics_survive_a_torn_line_and_keep_the_last_row_of_a_step(tmp_path):
