@@ -37,7 +37,10 @@ def check_node(folder: Path, min_free_gib: float, timeout_s: float, try_store: C
         problems = disk_problems(min_free_gib) + device_problems() + store_problems(try_store)
         facts = replace(facts, versions=versions(), problems=tuple(problems))
     write_facts(folder, facts)
-    facts = replace(facts, **_measure(who.rank, who.world_size, timeout_s))
+    try:
+        facts = replace(facts, **_measure(who.rank, who.world_size, timeout_s))
+    except RuntimeError as error:
+        facts = replace(facts, error=str(error).splitlines()[0], error_s=time.time())
     write_facts(folder, facts)
     return facts
 

@@ -28,6 +28,8 @@ class NodeFacts:
     step_nodes: str = ""  # all nodes of the check, as SLURM writes them
     versions: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()  # found by the node itself: devices, disk, store
+    error: str = ""  # what ended its part in the common measurements
+    error_s: float = 0.0  # s since 1970, when
     clock_s: float | None = None  # s since 1970, taken by all at the same moment
     work_s: float | None = None  # s for a fixed computation on its device
     pair_s: float | None = None  # s for a fixed transfer with a neighbour, the faster of two
@@ -87,6 +89,10 @@ def judge_nodes(found: Sequence[NodeFacts], nodes: Sequence[str], preflight: Pre
                 blame(facts.node, f"{name} is {version}, elsewhere {usual}")
     if any(reasons.values()):
         return _named(reasons)  # the others waited for these in vain
+    if broken := [facts for facts in found if facts.error]:
+        first = min(broken, key=lambda facts: facts.error_s)  # the others lost their connections to it
+        blame(first.node, first.error)
+        return _named(reasons)
     for facts in found:
         if facts.all_reduce_gb_s is None:
             blame(facts.node, "did not come through the all-reduce")

@@ -52,6 +52,15 @@ def test_who_is_silent_is_named_and_nobody_who_waited_for_it() -> None:
     assert judge_nodes(waiting, NODES, LIMITS) == {"n2": ["gave no answer within 300 s"]}
 
 
+def test_who_failed_first_is_named_and_nobody_who_lost_it() -> None:
+    failed = {"all_reduce_gb_s": None, "error": "CUDA error: out of memory", "error_s": 5.0}
+    lost = {"all_reduce_gb_s": None, "error": "Connection closed by peer", "error_s": 5.1}
+    silent = facts(3, all_reduce_gb_s=None)  # ended before it could say so
+    assert judge_nodes([facts(1, **lost), facts(2, **failed), silent], NODES, LIMITS) == {
+        "n2": ["CUDA error: out of memory"]
+    }
+
+
 def test_a_slow_network_is_everybodys() -> None:
     slow = [facts(number, all_reduce_gb_s=0.5) for number in (1, 2, 3)]
     assert set(judge_nodes(slow, NODES, LIMITS)) == set(NODES)
