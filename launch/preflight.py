@@ -90,8 +90,8 @@ def judge_nodes(found: Sequence[NodeFacts], nodes: Sequence[str], preflight: Pre
     if any(reasons.values()):
         return _named(reasons)  # the others waited for these in vain
     if broken := [facts for facts in found if facts.error]:
-        first = min(broken, key=lambda facts: facts.error_s)  # the others lost their connections to it
-        blame(first.node, first.error)
+        earliest = min(broken, key=lambda facts: facts.error_s)  # the others lost their connections to it
+        blame(earliest.node, earliest.error)
         return _named(reasons)
     for facts in found:
         if facts.all_reduce_gb_s is None:
