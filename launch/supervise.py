@@ -93,15 +93,15 @@ class Supervisor:
         return self._arrange(decision)
 
     def _close_lost_attempts(self) -> None:
-        """Puts on record how an attempt ended whose own supervisor could not: it died with its node."""
+        """Puts on record how an attempt ended whose own supervisor could not, and lets the leftovers of one end."""
         lost = [attempt for attempt in self.record.attempts() if attempt.outcome is None and attempt.id != self.id]
         for attempt in lost:
             down = _lost(attempt.nodes)
             why = f"SLURM lost {', '.join(down)}" if down else "it left no word"
             self.record.end(attempt.id, "lost", why, down, self.progress())
-        if lost:
+        if any(attempt.outcome == "lost" for attempt in self.record.attempts()[-1:]):
             self.record.take(self.id)
-            time.sleep(3 * OWNER_POLL_S)  # what is left of it ends by itself now
+            time.sleep(3 * OWNER_POLL_S)  # what is left of it on a lost node ends by itself now
 
     def _check_nodes(self, folder: Path) -> Verdict | None:
         """Runs the check of the nodes, if it is wanted; None = go on."""
