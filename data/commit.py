@@ -165,7 +165,7 @@ class Commit:
         Raises:
             DataError: a tensor or file is not there, or not what the manifest says.
         """
-        spans: dict[str, list[_Span]] = {}
+        overlaps: dict[str, list[tuple[str, int, int, memoryview]]] = {}
         for name, (start, array) in wanted.items():
             if not array.size:
                 continue
@@ -173,18 +173,24 @@ class Commit:
             for rank, begin, end in self.layout(group, name).pieces():
                 low, high = max(begin, start), min(end, start + array.size)
                 if low < high:
-                    key = file_key(self.manifest.attempt, group, rank)
-                    offset = self._offset(key, name, end - begin) + ITEM_BYTES * (low - begin)
                     part = buffer[ITEM_BYTES * (low - start) : ITEM_BYTES * (high - start)]
-                    spans.setdefault(key, []).append(_Span(offset, part))
-        runs = [(key, run) for key, found in spans.items() for run in _runs(found)]
+                    key = file_key(self.manifest.attempt, group, rank)
+                    overlaps.setdefault(key, []).append((name, end - begin, low - begin, part))
+
         with ThreadPoolExecutor(READ_THREADS) as pool:
+            unknown = [key for key in overlaps if key not in self._headers]
+            self._headers |= zip(unknown, pool.map(self._read_header, unknown), strict=True)
+            runs = []
+            for key, found in overlaps.items():
+                spans = [
+                    _Span(self._offset(key, name, length) + ITEM_BYTES * first, part)
+                    for name, length, first, part in found
+                ]
+                runs += [(key, run) for run in _runs(spans)]
             for _ in pool.map(lambda run: self._read(*run), runs):
                 pass
 
     def _offset(self, key: str, name: str, length: int) -> int:
-        if key not in self._headers:
-            self._headers[key] = self._read_header(key)
         begin, end = self._headers[key].get(name, (0, 0))
         if end - begin != ITEM_BYTES * length:
             raise DataError(f"{self.place}/{key}: does not hold {name!r} as the manifest says; use another checkpoint")

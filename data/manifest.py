@@ -19,6 +19,7 @@ from data.object_store import Store, join
 
 FORMAT_VERSION = 2
 DELETE_THREADS = 8
+VERIFY_THREADS = 4
 MANIFEST = "manifest.json"
 _COMMIT = re.compile(r"step-(\d{8})/manifest\.json")
 
@@ -112,23 +113,24 @@ def verify(store: Store, step: int, manifest: Manifest, keys: Iterable[str] | No
         DataError: the store does not answer.
     """
     sizes = dict(store.list(f"{step_folder(step)}/"))
-    problems = []
-    for name in sorted(manifest.files if keys is None else keys):
+
+    def problem(name: str) -> str | None:
         key = f"{step_folder(step)}/{name}"
         entry, address = manifest.files[name], join(store.url, key)
         if key not in sizes:
-            problems.append(f"{address}: missing")
-        elif sizes[key] != entry.size_bytes:
-            problems.append(f"{address}: has {sizes[key]} bytes, the manifest says {entry.size_bytes}")
-        else:
-            try:
-                found = file_sha256(store, key)
-            except OSError as error:  # a disk that cannot read it any more
-                problems.append(f"{address}: {error.strerror}")
-                continue
-            if found != entry.sha256:
-                problems.append(f"{address}: SHA-256 is {found[:12]}…, the manifest says {entry.sha256[:12]}…")
-    return problems
+            return f"{address}: missing"
+        if sizes[key] != entry.size_bytes:
+            return f"{address}: has {sizes[key]} bytes, the manifest says {entry.size_bytes}"
+        try:
+            found = file_sha256(store, key)
+        except OSError as error:  # a disk that cannot read it any more
+            return f"{address}: {error.strerror}"
+        if found != entry.sha256:
+            return f"{address}: SHA-256 is {found[:12]}…, the manifest says {entry.sha256[:12]}…"
+        return None
+
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        return [found for found in pool.map(problem, sorted(manifest.files if keys is None else keys)) if found]
 
 
 def newest_verified(store: Store) -> tuple[int, Manifest, list[str]] | None:

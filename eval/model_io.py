@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from data.commit import Commit
-from data.manifest import newest_verified, read_manifest, verify
+from data.manifest import newest_verified, read_manifest, step_folder, verify
 from data.object_store import fetch_tree, join, open_store
 from eval.errors import EvalError
+from launch.checks import commit_places
 from models.artifact import config_from_dict, load_weights
 from models.autoencoder import load_autoencoder
 from models.diffusion import DiffusionConfig
@@ -41,7 +42,7 @@ def load_pipeline(model: str) -> TextToImage:
 
 
 def open_model(model: str) -> OpenedModel:
-    """Loads MODEL: a run directory (its artifact, or its newest good checkpoint), a checkpoint folder, or an artifact.
+    """Loads MODEL: a run directory (its artifact, or its newest good checkpoint), a checkpoint, or an artifact.
 
     Raises:
         EvalError: there is nothing of the kind at that address.
@@ -54,17 +55,24 @@ def open_model(model: str) -> OpenedModel:
         opened = _open_artifact(model)
     elif store.exists("manifest.json"):
         opened = _open_checkpoint(model)
-    elif store.exists("run.yaml"):
-        found = newest_verified(open_store(join(model, "checkpoints")))
-        if found is None:
-            raise EvalError(f"{model} has neither an artifact nor a checkpoint yet; train it first")
-        opened = _open_checkpoint(join(model, "checkpoints", f"{STEP_PREFIX}{found[0]:08d}"))
     elif store.exists("model_index.json"):
         raise EvalError(f"{model} is an export for diffusers; name the run or artifact that it was made from")
+    elif (newest := _newest_commit(model)) is not None:
+        opened = _open_checkpoint(newest)
+    elif store.exists("run.yaml"):
+        raise EvalError(f"{model} has neither an artifact nor a checkpoint yet; train it first")
     else:
         raise EvalError(f"{model} is no run directory, checkpoint or artifact; check the path")
     opened.pipeline.to(default_device())
     return opened
+
+
+def _newest_commit(model: str) -> str | None:
+    """The newest good checkpoint of a run directory or checkpoints folder."""
+    for place in commit_places(model):
+        if found := newest_verified(open_store(place)):
+            return join(place, step_folder(found[0]))
+    return None
 
 
 def _open_artifact(url: str) -> OpenedModel:

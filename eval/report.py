@@ -8,6 +8,7 @@ from pathlib import Path
 from data.object_store import is_local
 from eval import report_sections as sections
 from eval.errors import EvalError
+from eval.report_checks import run_checks
 from eval.report_data import ReportFacts, collect
 from eval.report_style import CSS
 
@@ -50,6 +51,7 @@ def render(facts: ReportFacts) -> str:
         *(sections.samples_over_time(run) for run in facts.runs),
         *(sections.reconstructions(evaluation) for evaluation in facts.evaluations),
         *(sections.curves(run) for run in facts.runs),
+        *(run_checks(run) for run in facts.runs),
         *(sections.figures(evaluation) for evaluation in facts.evaluations),
         sections.stages(facts),
         sections.recipes(facts),

@@ -18,6 +18,7 @@ class RunFacts:
     name: str
     kind: str  # "autoencoder" or "dit"
     recipe: str  # resolved, as YAML
+    settings: dict[str, Any] = field(default_factory=dict)  # the same, as values
     provenance: dict[str, Any]
     rows: list[dict[str, Any]]  # of metrics.jsonl, ascending by step, the last written row of each step
     grids: list[tuple[int, Path]]  # (step, PNG), ascending
@@ -85,6 +86,7 @@ def _read_run(folder: Path) -> RunFacts:
         name=folder.resolve().name,
         kind=str(recipe.get("kind", "run")),
         recipe=dump_yaml(recipe),
+        settings=recipe,
         provenance=stored.get("provenance", {}),
         rows=_read_rows(folder / "metrics.jsonl"),
         grids=grids,

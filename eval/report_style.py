@@ -26,6 +26,8 @@ th{font-weight:600;font-size:.875rem}td.num,th.num{text-align:right}td.num{white
 .figures td,.figures th{width:20%}.figures th:first-child{width:40%}
 tr.bound td,tr.bound th{color:var(--soft);font-weight:400}
 .wide{width:100%}
+.checks td:first-child{width:1.4rem}.checks td,.checks th{padding-right:1.5rem}
+.complaints{margin:.5rem 0 1.25rem;padding-left:1.2rem;max-width:88ch}
 .charts{align-items:start;display:grid;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:1.25rem 1.5rem}
 figure{margin:0}figcaption{font-size:.875rem;font-weight:600;margin-bottom:.25rem}
@@ -57,6 +59,6 @@ pre{background:var(--panel);padding:.9rem 1rem;border-radius:8px;overflow-x:auto
 code{font-size:.9em;overflow-wrap:anywhere}
 @media (max-width:520px){main{padding:1.25rem 1rem 3rem}h1{font-size:1.5rem}.tile b{font-size:1.3rem}
 .tiles{grid-template-columns:1fr 1fr}.cards{grid-template-columns:1fr 1fr}.time img{width:56px;height:56px}
-th,td{padding-right:.6rem}}
+th,td,.checks td,.checks th{padding-right:.6rem}}
 @media print{.charts,.cards{break-inside:avoid}main{max-width:none}}
 """

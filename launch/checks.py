@@ -49,6 +49,14 @@ def check_new_folder(option: str, path: str | Path) -> None:
         raise ConfigError(f"{path} is there already and nothing is overwritten; give another {option}")
 
 
+def commit_places(url: str) -> list[str]:
+    """Where commits may lie if `url` is a run directory or a checkpoints folder, the likeliest first."""
+    places = [f"{url.rstrip('/')}/checkpoints", url]
+    if "://" not in url and (Path(url) / "run.yaml").exists():
+        places.insert(0, checkpoints_of(Path(url)))
+    return list(dict.fromkeys(places))
+
+
 def checkpoints_of(run: Path) -> str:
     """The address of a run's checkpoints, by its run.yaml."""
     from launch.config_io import read_yaml

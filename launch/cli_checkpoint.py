@@ -16,10 +16,11 @@ Checkpoints = Annotated[str, typer.Argument(metavar="URL", help="Run directory o
 def _commits(url: str) -> tuple[Any, list[int]]:
     """The store of a run's checkpoints and the committed steps; refuses a place without any."""
     from data.manifest import list_commits
-    from data.object_store import join, open_store
+    from data.object_store import open_store
+    from launch.checks import commit_places
 
-    for candidate in (join(url, "checkpoints"), url):
-        store = open_store(candidate)
+    for place in commit_places(url):
+        store = open_store(place)
         steps = list_commits(store)
         if steps:
             return store, steps

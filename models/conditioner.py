@@ -124,6 +124,11 @@ class JointEncoders(nn.Module):
         Returns:
             The condition on the encoders' device.
         """
+        return self._lay_out(self.recall(captions, drop))
+
+    @torch.no_grad()
+    def recall(self, captions: list[str], drop: Tensor | None = None) -> list[TextFeatures]:
+        """What each encoder makes of captions, in order, as `encode` asks for it: `join` makes the condition of it."""
         features = []
         for number in range(len(self.names)):
             heard = captions
@@ -131,7 +136,7 @@ class JointEncoders(nn.Module):
                 dropped = drop[:, number].tolist()
                 heard = ["" if gone else caption for caption, gone in zip(captions, dropped, strict=True)]
             features.append(self._cached(number, heard))
-        return self._lay_out(features)
+        return features
 
     @torch.no_grad()
     def features(self, captions: list[str]) -> list[TextFeatures]:
@@ -149,11 +154,18 @@ class JointEncoders(nn.Module):
         Returns:
             The condition on the features' device.
         """
-        joined = []
+        return self._lay_out(self.with_nulls(features, drop))
+
+    @torch.no_grad()
+    def with_nulls(self, features: Sequence[TextFeatures], drop: Tensor | None = None) -> list[TextFeatures]:
+        """Features of B captions by each encoder with those that `drop` (B, E) names replaced by its features of ""."""
+        heard = []
         for number, stored in enumerate(features):
             gone = None if drop is None else drop[:, number]
-            joined.append(stored if gone is None or not gone.any() else _replace(stored, gone, self._null(number)))
-        return self._lay_out(joined)
+            if gone is not None and gone.any():
+                stored = _replace(stored, gone, self.null_features(number))
+            heard.append(stored)
+        return heard
 
     def _lay_out(self, features: Sequence[TextFeatures]) -> TextCondition:
         clip_length, length = self._lengths(features)
@@ -200,7 +212,8 @@ class JointEncoders(nn.Module):
     def _cached(self, number: int, captions: list[str]) -> TextFeatures:
         return self._split(number, *self._caches[number].get(captions, self._encode_rows(number)))
 
-    def _null(self, number: int) -> TextFeatures:
+    @torch.no_grad()
+    def null_features(self, number: int) -> TextFeatures:
         """An encoder's features of "", without masked padding; made once, however large they are."""
         if number not in self._nulls:
             null = self._split(number, *self._encode_rows(number)([""]))

@@ -13,7 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from data.manifest import (
     write_manifest,
 )
 from data.object_store import join, open_store
+from launch.checks import checkpoints_of
+from launch.errors import ConfigError
 from training.attempts import (
     FOLDER,
     Attempt,
@@ -41,13 +43,14 @@ from training.attempts import (
     refuse_superseded,
     register,
 )
-from training.checkpoint_writer import Groups, HostCopy, Job, Owned, Report, layouts_of, put_files
+from training.checkpoint_writer import Groups, HostCopy, Job, Owned, Report, drop_files, layouts_of, put_files
 from training.engine import Engine
 from training.errors import TrainingError
 from training.retention import Retention
-from training.run_mirror import RunMirror, claim, fetch_run
+from training.run_mirror import RUN_YAML, RunMirror, claim, fetch_run
 from training.snapshot import Snapshot, newest_snapshot, on_all_ranks, on_rank0
 
+TIDYING_PATIENCE_S = 30.0  # for deletions, at the end; what stays then is deleted by a later start
 NAMED = 3  # errors of one save that a message quotes
 
 log = logging.getLogger(__name__)
@@ -122,9 +125,11 @@ class Checkpointer:
         self.failed_saves = 0  # in a row
         self.stall_s = 0.0  # for which saves have stopped the loop
         self._started: Attempt | None = None
+        self._marked = False  # that there have been commits
         self._copy = HostCopy(engine.rank, engine.world_size)
         self._owned: list[Owned | None] = [None] * engine.world_size  # as reported; kept on rank 0, one's own elsewhere
         self._pending: _Save | None = None
+        self._remains: list[str] = []  # folders of tries of which a rank could not put its files: no commit names them
         self._tidying: Job | None = None
         self._mirror: RunMirror | None = None  # where the checkpoints lie apart from the run directory
 
@@ -173,11 +178,24 @@ class Checkpointer:
         files = sum(not key.startswith(FOLDER) for key in keys)
         if complaints or (not_after is None and not only_unfinished(self.store, keys)):
             raise no_valid_commit(self.store, files, complaints)
+        if not_after is None:
+            self._refuse_other_place()
         if files and not_after is None:
             log.warning(
                 "%s: earlier starts of this run were ended before their first checkpoint; starting from step 0",
                 self.url,
             )
+
+    def _refuse_other_place(self) -> None:
+        """A run whose recipe now names an empty place has not lost its commits, but would begin anew."""
+        path = self.directory / RUN_YAML
+        with suppress(ConfigError):
+            before = checkpoints_of(self.directory) if path.exists() else self.url
+            if before != self.url and list_commits(open_store(before)):
+                raise DataError(
+                    f"{self.directory} has its checkpoints in {before}, and {self.url} holds none; restore "
+                    "checkpoint.url, or copy them there"
+                )
 
     def _set_aside(self, step: int) -> None:
         """Renames the manifests of commits after `step`; their files stay until a later commit takes their place."""
@@ -244,7 +262,7 @@ class Checkpointer:
                 self._write()
                 self._settle()
             if self._tidying is not None:
-                self._tidying.wait()
+                self._tidying.wait(TIDYING_PATIENCE_S)
 
     def _settle(self) -> None:
         """Waits until nothing is under way: the save is committed, or has failed once more."""
@@ -263,7 +281,10 @@ class Checkpointer:
         except DataError as caught:
             error = caught
 
+        remains, self._remains = self._remains, []
+
         def work() -> tuple[dict[str, FileEntry], Owned | None]:
+            drop_files(self.store, remains, rank)  # a full disk has no room for them and another try
             if error is not None:
                 raise error
             if self._mirror is not None:
@@ -311,7 +332,9 @@ class Checkpointer:
         manifest = Manifest(step=save.step, attempt=save.folder, files=save.files, meta=meta)
         if not write_manifest(self.store, step_folder(save.step), manifest):
             self._judge_other(save.step, manifest)
-        mark_committed(self.store)
+        if not self._marked:
+            mark_committed(self.store)
+            self._marked = True
 
     def _judge_other(self, step: int, ours: Manifest) -> None:
         """Somebody has committed this step before us: an earlier start's commit counts if it is whole."""
@@ -345,6 +368,8 @@ class Checkpointer:
         if fatal:
             raise TrainingError(text.partition(": ")[2])
         self.failed_saves += 1
+        if save.phase == "write":
+            self._remains.append(f"{step_folder(save.step)}/{save.folder}/")
         save.phase, save.job, save.files = "failed", None, {}
         place, most = join(self.url, step_folder(save.step)), self.config.max_failed_saves
         if self.failed_saves >= most:

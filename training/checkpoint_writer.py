@@ -3,7 +3,9 @@
 import hashlib
 import logging
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,14 @@ from data.commit import Layout, file_key, tensor_file_header
 from data.errors import DataError
 from data.manifest import FileEntry, step_folder
 from data.object_store import Store
-from training.engine import Fragment
 from training.errors import TrainingError
+from training.fragments import Fragment
 
 Groups = dict[str, dict[str, Fragment]]
 Pieces = dict[str, tuple[tuple[int, ...], int, int]]  # name to shape, first element and number of elements
 Owned = list[tuple[list[str], Pieces]]  # groups that are laid out alike, and what one rank owns of each
+
+_PORTABLE = 1  # cudaHostRegisterPortable
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +96,19 @@ class HostCopy:
         total = sum(fragment.data.numel() for fragment in owned.values())
         buffer = self._buffers.get(group)
         if buffer is None or buffer.numel() != total:
-            pinned = any(fragment.data.is_cuda for fragment in owned.values())
-            buffer = self._buffers[group] = torch.empty(total, dtype=torch.float32, pin_memory=pinned)
+            buffer = self._buffers[group] = torch.empty(total, dtype=torch.float32)
+            if any(fragment.data.is_cuda for fragment in owned.values()):
+                _page_lock(buffer)
         return buffer
+
+
+def _page_lock(buffer: Tensor) -> None:
+    """Locks memory of this very size; torch's own page-locked memory comes in powers of two, up to twice as much."""
+    runtime, address = torch.cuda.cudart(), buffer.data_ptr()
+    if int(runtime.cudaHostRegister(address, buffer.nbytes, _PORTABLE)):
+        log.warning("the system refuses to lock %d bytes of memory; saves stall the training for longer", buffer.nbytes)
+        return
+    weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
 
 
 def layouts_of(owned: list[Owned]) -> tuple[dict[str, int], list[dict[str, Any]]]:
@@ -156,6 +170,15 @@ def put_files(store: Store, step: int, attempt: str, rank: int, copy: HostCopy) 
     return files
 
 
+def drop_files(store: Store, folders: list[str], rank: int) -> None:
+    """Deletes what this rank has put into folders that will not be committed; what cannot be deleted stays."""
+    with suppress(DataError):
+        for folder in folders:
+            for key, _ in store.list(folder):
+                if key.endswith(f"-{rank:05d}.safetensors"):
+                    store.delete(key)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """How a job ended."""
@@ -179,8 +202,8 @@ class Job:
         """How it ended; None while it runs."""
         return self._report
 
-    def wait(self) -> None:
-        self._thread.join()
+    def wait(self, patience_s: float | None = None) -> None:
+        self._thread.join(patience_s)
 
     def _run(self) -> None:
         try:

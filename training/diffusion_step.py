@@ -12,6 +12,7 @@ from models.diffusion import DiffusionConfig, interpolate, loss_weight, network_
 from models.text_encoder import Conditioner
 from models.time_density import sample_t, time_uniforms
 from training.frozen import Frozen
+from training.run_checks import DiffusionChecks
 
 
 @torch.no_grad()
@@ -42,15 +43,28 @@ def stored_latents(autoencoder: Autoencoder, moments: Tensor, numbers: Tensor, s
     return autoencoder.normalise(raw)
 
 
-def stored_text(conditioner: Conditioner, encoded: EncodedBatch, drop: Tensor, device: torch.device) -> TextCondition:
-    """The condition that the conditioner would give for the captions, from their stored features."""
+def stored_text(conditioner: Conditioner, encoded: EncodedBatch, device: torch.device) -> list[TextFeatures]:
+    """The features that the encoders would give for the captions, from what was stored."""
     features = []
     for encoder in conditioner.text_encoders():
         name = encoder.config.name
         tokens, mask = encoded.features(name, device), encoded.masks[name]
         pooled = encoded.pooled.get(name, torch.zeros(len(tokens), 0)).to(device, torch.float32, non_blocking=True)
         features.append(TextFeatures(tokens, mask, pooled))
-    return conditioner.join(features, drop)
+    return features
+
+
+def text_of(batch: Batch, frozen: Frozen, drop: Tensor, checks: DiffusionChecks | None) -> TextCondition:
+    """What the network is told of a micro-batch whose conditions `drop` (B, E), on the CPU, replaces by the null."""
+    conditioner, stored = frozen.conditioner, None
+    if batch.encoded is None:
+        features = conditioner.recall(batch.captions, drop)
+    else:
+        features = conditioner.with_nulls(stored_text(conditioner, batch.encoded, frozen.device), drop)
+        stored = [batch.encoded.tokens[name].dtype for name in conditioner.names]
+    if checks is not None:
+        checks.text.add(features, batch.captions, batch.weights, stored)
+    return conditioner.join(features)
 
 
 def diffusion_step(
@@ -63,13 +77,14 @@ def diffusion_step(
     sample_latents: bool,
     global_batch_size: int,
     patch_size: int,
+    checks: DiffusionChecks | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one micro-batch of pictures and captions, or of what was encoded from them.
 
     Posterior, noise, t and CFG dropout are functions of (seed, sample number), and with strata of global_batch_size: no
     two ranks draw the same, and the draw does not depend on the number of ranks. Returns the mean squared error of what
     the network predicts, weighted by time as the diffusion says (for the velocity of rectified flow without weights:
-    Eq. 14, arXiv:2403.03206), and scalars to log.
+    Eq. 14, arXiv:2403.03206), and scalars to log. `checks` looks on and changes nothing.
     """
     device = frozen.device
     dropout = torch.tensor(frozen.conditioner.dropout)  # (E,) probability that a condition becomes the encoder's null
@@ -85,17 +100,16 @@ def diffusion_step(
     tokens = latents.shape[2] * latents.shape[3] // patch_size**2  # a micro-batch has one shape
     t = sample_t(diffusion, time_uniforms(diffusion, seed, numbers, global_batch_size), tokens)  # (B,)
     drop = prng.uniform(seed, prng.DROPOUT, batch.sample_numbers, (len(dropout),)) < dropout  # (B, E), on the host
-    if batch.encoded is None:
-        text = frozen.conditioner.encode(batch.captions, drop)
-    else:
-        text = stored_text(frozen.conditioner, batch.encoded, drop, device)
+    text = text_of(batch, frozen, drop, checks)
 
     x_t = interpolate(diffusion, latents, noise, t)
     prediction = dit(network_input(diffusion, x_t, t), t, text.text_embeds, text.pooled, text.text_mask)
     error = (prediction.float() - target(diffusion, latents, noise, t)).square().flatten(1).mean(1)  # (B,)
-    loss = (error * loss_weight(diffusion, t) * weights).mean()
-    dropped = {
-        f"dropped_{name}": rate
-        for name, rate in zip(frozen.conditioner.names, drop.float().mean(0).to(device), strict=True)
-    }
-    return loss, {"loss": loss, "latent_std": latents.std(), **dropped}
+    losses = error * loss_weight(diffusion, t)  # (B,)
+    if checks is not None:
+        checks.draws.add(batch.sample_numbers, noise)
+        checks.times.add(t, losses, weights, tokens)
+        checks.latents.add(latents, weights)
+        checks.network(len(t), tokens, text.text_embeds.shape[1])
+    loss = (losses * weights).mean()
+    return loss, {"loss": loss, "latent_std": latents.std()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from training.engine import Fragment
+from training.fragments import Fragment
 
 MAX_SIGMA_REL = 12**-0.5  # that of γ = 0, the mean of all steps
 MIN_SIGMA_REL = 1e-3

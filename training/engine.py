@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from training.blocks import ActivationCheckpointing, wrap_blocks
 from training.errors import TrainingError
 from training.fragments import Fragment as Fragment  # for those who use the engine
-from training.fragments import gather as gather
-from training.fragments import scatter as scatter
 from training.optim import OptimConfig, build_adamw, fresh_state, set_learning_rate
 from training.update_gate import ask_before_updates, guarded, not_finite
 
@@ -197,14 +195,11 @@ class Engine:
         if self.config.zero_stage in (1, 2):
             zero.update_lp_params()
         elif self.config.zero_stage == 3:
+            zero._partition_all_parameters()  # or small ones that are gathered already would stay as they are
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
             if zero.persistent_parameters:  # small ones that every rank keeps whole
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
-    def all_gather(self, fragments: dict[str, Fragment]) -> dict[str, Tensor]:
-        """Whole tensors on every rank (collective)."""
-        return {name: gather(fragment) for name, fragment in fragments.items()}
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over ranks, in place (collective)."""
@@ -212,6 +207,13 @@ class Engine:
             dist.all_reduce(value)
             value /= self.world_size
         return value
+
+    def all_ranks(self, values: Tensor) -> Tensor:
+        """Every rank's values (n,), one rank below the other, (world size, n), on every rank (collective)."""
+        table = values.repeat(self.world_size, 1)
+        if self.world_size > 1:
+            dist.all_gather(list(table.unbind()), values)
+        return table
 
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()
@@ -324,6 +326,9 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
             "overlap_comm": torch.cuda.is_available(),
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            "stage3_max_live_parameters": 4 * bucket,  # gathered at once
+            "stage3_max_reuse_distance": 4 * bucket,
+            "stage3_prefetch_bucket_size": bucket // 4,
             # ZeRO-3's own linear layer keeps no gathered weight for the backward pass, which recomputation need not
             # fear; it adds the bias in place, and so to what "selective" kept of the product: silently wrong.
             "memory_efficient_linear": config.activation_checkpointing == "none",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,23 @@ def gather(fragment: Fragment) -> Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(full)
     return full.reshape(fragment.shape)
+
+
+@torch.no_grad()
+def gather_into(module: nn.Module | None, fragments: dict[str, Fragment]) -> None:
+    """Copies whole tensors into a module's parameters by name, one after the other: no second copy of all is made.
+
+    Args:
+        module: has a parameter for each name; None = this rank only gives its parts.
+        fragments: by name. Collective: every rank has the same names in the same order.
+    """
+    parameters = {} if module is None else dict(module.named_parameters())
+    for name, fragment in fragments.items():
+        whole = gather(fragment)
+        if module is not None:
+            parameters.pop(name).copy_(whole)
+    if parameters:
+        raise KeyError(f"no fragments of {', '.join(parameters)}")
 
 
 def scatter(full: Tensor, fragment: Fragment) -> None:

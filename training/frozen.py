@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from models.autoencoder import Autoencoder, load_autoencoder
 from models.conditioner import TextPadding
 from models.errors import ModelError
 from models.text_config import TextEncoderConfig
-from models.text_encoder import Conditioner
+from models.text_encoder import Conditioner, stored_config
 from training.config import DiTRecipe
 from training.errors import TrainingError
 
@@ -82,9 +82,7 @@ def load_frozen(recipe: DiTRecipe, kept: Path | None = None) -> Frozen:
         if kept is None or not all((kept / name).exists() for name in ("autoencoder", "text_encoders")):
             raise
         log.warning("%s; going on with the networks that the run keeps in %s", error, kept)
-        autoencoder, fingerprint = load_autoencoder(kept / "autoencoder")
-        conditioner = Conditioner.load(kept / "text_encoders")
-        frozen = Frozen(autoencoder=autoencoder, autoencoder_fingerprint=fingerprint, conditioner=conditioner)
+        frozen = _load_kept(recipe, kept)
     downsampling = frozen.autoencoder.config.downsampling
     side = downsampling * recipe.model.patch_size
     for size in {(recipe.data.image_size,) * 2, *make_buckets(recipe.data.image_size, recipe.data.buckets)}:
@@ -95,6 +93,17 @@ def load_frozen(recipe: DiTRecipe, kept: Path | None = None) -> Frozen:
                 f"{recipe.model.patch_size}, x max_grid): change one of them"
             )
     return frozen
+
+
+def _load_kept(recipe: DiTRecipe, kept: Path) -> Frozen:
+    """The networks are the run's; how often captions are dropped is for the recipe alone to say."""
+    autoencoder, fingerprint = load_autoencoder(kept / "autoencoder")
+    folder = kept / "text_encoders"
+    configs = [replace(stored_config(folder / config.name), dropout=config.dropout) for config in recipe.text_encoders]
+    conditioner = Conditioner(configs, recipe.text_padding)
+    if conditioner.fingerprint != Conditioner.load(folder).fingerprint:
+        raise TrainingError(f"{folder} holds other text encoders than the recipe names; restore what it names")
+    return Frozen(autoencoder=autoencoder, autoencoder_fingerprint=fingerprint, conditioner=conditioner)
 
 
 def check_encodings(recipe: DiTRecipe, frozen: Frozen, indexes: Iterable[Index]) -> None:

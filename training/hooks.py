@@ -10,7 +10,8 @@ from torch import Tensor
 
 from models.pipeline import TextToImage
 from training.config import SamplesConfig
-from training.engine import Engine, Fragment
+from training.engine import Engine
+from training.fragments import Fragment, gather_into
 
 
 def write_grid(images: Tensor, path: Path, columns: int = 8) -> None:
@@ -35,7 +36,7 @@ def sample_grid(
     path: Path,
 ) -> None:
     """Draws the recipe's prompts from the averaged weights; every rank draws its share (collective)."""
-    pipeline.dit.load_state_dict(engine.all_gather(average))
+    gather_into(pipeline.dit, average)
     mine = range(engine.rank, len(samples.prompts), engine.world_size)
     images = pipeline.generate(
         [samples.prompts[i] for i in mine],

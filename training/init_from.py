@@ -12,9 +12,11 @@ from data.commit import Commit
 from data.errors import DataError
 from data.manifest import MANIFEST, list_commits
 from data.object_store import fetch_tree, is_local, join, open_store
+from launch.checks import commit_places
 from models.artifact import CONFIG_NAME, load_artifact
-from training.engine import Engine, Fragment, scatter
+from training.engine import Engine
 from training.errors import TrainingError
+from training.fragments import Fragment, scatter
 from training.snapshot import newest_snapshot, on_rank0
 
 RECORD = "init_from.json"
@@ -120,7 +122,7 @@ def _find(url: str) -> tuple[str, str, int | None] | None:
         if not name.startswith("step-") or not name.removeprefix("step-").isdigit():
             raise DataError(f"{url} holds a manifest but is not named step-00001000; name it as training wrote it")
         return "commits", parent, int(name.removeprefix("step-"))
-    for folder in (join(url, "checkpoints"), url):
+    for folder in commit_places(url):
         if list_commits(open_store(folder)):
             return "commits", folder, None
     return None

@@ -27,7 +27,8 @@ from training.checkpoint import Checkpointer, Groups, Snapshot
 from training.config import AutoencoderRecipe, DiTRecipe
 from training.engine import Engine
 from training.errors import Preempted, TrainingError
-from training.metrics import Meter, Metrics
+from training.metrics import Meter, Metrics, Parts, Reading
+from training.throughput import Pace
 from training.watchdog import Watchdog
 
 
@@ -94,14 +95,14 @@ class Run:
         self.indexes = indexes
         self.counters = Counters()
         self.meter = Meter()
+        self.pace = Pace(engine.device)
+        self.parts = Parts(engine.all_ranks, engine.device)  # of a row; the stages add their checks
+        self.parts.add(self.meter, self.pace)
         self.metrics = Metrics(directory, engine.rank, recipe.total_steps, quiet)
         self.preemption = PreemptionFlag()
         self.bad_steps = BadSteps(directory, recipe.step_policy, engine)
         self.watchdog = Watchdog(directory, engine.rank, engine.world_size, recipe.engine.hang_timeout_s)
         engine.mark = self.watchdog.mark
-        self._started_s = 0.0  # start of the row being measured; waits that are not training move it
-        self._wait_s = 0.0
-        self._images = 0
         self._bad = 0  # on this rank, since the last row
         self._bad_shards: Counter[str] = Counter()  # bad samples of this attempt on this rank, by shard
         self._filtered: Counter[str] = Counter()  # on this rank, since the last row
@@ -182,7 +183,7 @@ class Run:
         Raises:
             TrainingError: the run does not get out of bad steps.
         """
-        self._started_s = time.perf_counter()
+        self.pace.restart()
         with self.preemption:
             while self.counters.step < self.recipe.total_steps:
                 if self.bad_steps.policy.gives_up:  # here, so that a resume from a commit amid bad steps does it too
@@ -193,6 +194,8 @@ class Run:
     def _roll_back(self) -> None:
         """Back to the weights of before the bad steps, without going back in the data. Collective."""
         with self.not_training_time("roll-back"):
+            if self.pace.steps:  # since the last row; a cause that the checks know is named before anything is undone
+                self._complain(self.counters.step, self._read_parts())
             told = self.bad_steps.roll_back(self.counters.step, self.checkpointer, self._restore)
         self.metrics.say(f"warning: {told}")
 
@@ -203,12 +206,13 @@ class Run:
         """
         batches = []
         self.meter.mark()
+        self.pace.steps += 1
         for _ in range(self.engine.accumulation_steps):
             self.watchdog.mark("data", self.counters.step + 1)
             before = time.perf_counter()
             batch = next(loader)
             batches.append(batch)
-            self._wait_s += time.perf_counter() - before
+            self.pace.wait_s += time.perf_counter() - before
             if batch.bad:
                 self._quarantine(batch)
             self._filtered.update(batch.filtered_by)
@@ -219,7 +223,7 @@ class Run:
             images = len(batch.captions) * self.engine.world_size
             self.counters.micro_batches += self.engine.world_size
             self.counters.images_seen += images
-            self._images += images
+            self.pace.images += images
         if self.bad_steps.close_step(self.counters.step + 1, batches):
             self.meter.rewind()
 
@@ -234,7 +238,7 @@ class Run:
         self.watchdog.mark(phase)
         before = time.perf_counter()
         yield
-        self._started_s += time.perf_counter() - before
+        self.pace.started_s += time.perf_counter() - before
 
     def log(self, **extra: float) -> None:
         """Writes a row if one is due after this step. Collective when due."""
@@ -242,9 +246,7 @@ class Run:
             return
         self.watchdog.mark("row")
         step, total_steps = self.counters.step + 1, self.recipe.total_steps
-        means = self.meter.read(self.engine.mean)
-        seconds = time.perf_counter() - self._started_s
-        self.counters.elapsed_s += seconds
+        reading = self._read_parts()
         self.counters.bad_samples += round(self._sum_over_ranks(self._bad))
         if self.recipe.data.filters:
             self._count_filtered()
@@ -252,20 +254,20 @@ class Run:
             "step": step,
             "images_seen": self.counters.images_seen,
             "time_s": round(self.counters.elapsed_s, 3),
-            **means,
+            **reading.fields,
             **extra,
             "grad_norm": self.engine.grad_norm(),
             **self.bad_steps.row(),
             "bad_samples": self.counters.bad_samples,
             **({"filtered": self.counters.filtered} if self.counters.filtered else {}),
-            "images_per_s": self._images / seconds,
-            "data_wait_share": self._wait_s / seconds,
             "eta_s": self.counters.elapsed_s / step * (total_steps - step),
             **self._of_saves(),
+            **reading.complaint_fields(),
         }
         self.metrics.write(row)
         self.metrics.show(step, total_steps, row)
-        self._wait_s, self._images, self._bad, self._started_s = 0.0, 0, 0, time.perf_counter()
+        self._bad = 0
+        self._complain(step, reading)
         self._refuse_bad_data()
 
     def save_if_due(self, groups: Callable[[], Groups]) -> None:
@@ -342,6 +344,20 @@ class Run:
         )
         self.counters.filtered = dict(sorted(found.items()))
         self._filtered.clear()
+
+    def _read_parts(self) -> Reading:
+        """What the parts of the row say. Collective."""
+        reading = self.parts.read()
+        self.counters.elapsed_s += self.pace.seconds
+        return reading
+
+    def _complain(self, step: int, reading: Reading) -> None:
+        """Says what the run-time checks found, and stops a run that is worth nothing; the same on every rank."""
+        for line in self.parts.to_say(reading):
+            self.metrics.say(f"warning: step {step}: {line}")
+        for complaint in reading.complaints:
+            if complaint.fatal:
+                raise TrainingError(f"{complaint.message} (step {step} of {self.directory})")
 
     def _refuse_bad_data(self) -> None:
         """Stops a run with too many bad samples."""

@@ -1,11 +1,18 @@
-"""What a run says of itself: `metrics.jsonl` always, TensorBoard through accelerate's tracker, a progress line."""
+"""What a run says of itself: `metrics.jsonl` always, TensorBoard through accelerate's tracker, a progress line.
+
+A row is made of parts: the mean scalars (`Meter`), the pace (training/throughput.py) and the run-time checks
+(training/run_checks.py). Each keeps its numbers on the device, or on the host if they come from there; once per row
+all of them travel between the ranks in one exchange (`Parts`), and every rank draws the same conclusions.
+"""
 
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -13,8 +20,45 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Complaint:
+    """Something measured that is not as declared. One line: what, the likely cause, the remedy."""
+
+    check: str  # what was checked, the same for all complaints of one kind
+    message: str
+    fatal: bool = False  # the run is worth nothing, so it stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a part has to say in a row, the same on every rank."""
+
+    fields: dict[str, Any]
+    complaints: list[Complaint] = field(default_factory=list)
+
+    def complaint_fields(self) -> dict[str, list[str]]:
+        """`warnings` and `errors` as a row holds them, "CHECK: MESSAGE"; neither if there are none."""
+        lines: dict[str, list[str]] = {}
+        for complaint in self.complaints:
+            kind = "errors" if complaint.fatal else "warnings"
+            lines.setdefault(kind, []).append(f"{complaint.check}: {complaint.message}")
+        return lines
+
+
+class Part(Protocol):
+    """A part of the row."""
+
+    def numbers(self) -> Tensor:
+        """This rank's numbers since the last row: a float64 or int64 vector, as long as on every other rank."""
+        ...
+
+    def read(self, table: Tensor) -> Reading:
+        """What the numbers of all ranks, (world size, n) on the CPU, mean; begins the next row."""
+        ...
+
+
 class Meter:
-    """Sums on the device; nothing is copied to the host until `read` (one host sync per logged row)."""
+    """Sums on the device; nothing is copied to the host between rows."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -37,15 +81,59 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def read(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last read, averaged over ranks by one collective; empties the meter. {} if it is empty."""
-        if not self._sums:
-            return {}
-        names = sorted(self._sums)
-        stacked = torch.stack([self._sums[name] / self._counts[name] for name in names])
-        means = mean_over_ranks(stacked).tolist()
+    def numbers(self) -> Tensor:
+        """Means since the last row, by name in alphabetical order."""
+        means = [self._sums[name] / self._counts[name] for name in sorted(self._sums)]
+        return torch.stack(means).double() if means else torch.zeros(0, dtype=torch.float64)
+
+    def read(self, table: Tensor) -> Reading:
+        """Means over the ranks; empties the meter."""
+        means = table.float().sum(0) / len(table)  # in float32, as the values are
+        fields = dict(zip(sorted(self._sums), means.tolist(), strict=True))
         self._sums, self._counts = {}, {}
-        return dict(zip(names, means, strict=True))
+        return Reading(fields=fields)
+
+
+class Parts:
+    """The parts of a row and their exchange.
+
+    Args:
+        all_ranks: gives every rank's (n,) int64 on every rank, (world size, n) (collective).
+        device: where it wants them.
+    """
+
+    def __init__(self, all_ranks: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self._all_ranks, self._device = all_ranks, device
+        self._parts: list[Part] = []
+        self._said: Counter[str] = Counter()
+
+    def add(self, *parts: Part) -> None:
+        """Adds parts; every rank adds the same in the same order."""
+        self._parts += parts
+
+    def read(self) -> Reading:
+        """One exchange and one host sync, then what every part says. Collective."""
+        mine = [part.numbers() for part in self._parts]
+        # As int64, bit for bit: whole words that no conversion rounds, for hashes as for float64.
+        words = torch.cat([numbers.view(torch.int64).to(self._device) for numbers in mine])
+        columns = self._all_ranks(words).cpu().split([len(numbers) for numbers in mine], dim=1)
+        fields: dict[str, Any] = {}
+        complaints: list[Complaint] = []
+        for part, numbers, column in zip(self._parts, mine, columns, strict=True):
+            reading = part.read(column.contiguous().view(numbers.dtype))
+            fields |= reading.fields
+            complaints += reading.complaints
+        return Reading(fields=fields, complaints=complaints)
+
+    def to_say(self, reading: Reading) -> list[str]:
+        """The warnings that are worth a line: of each check the first, the 10th, 100th, … time that it holds."""
+        lines = []
+        for complaint in reading.complaints:
+            self._said[complaint.check] += 1
+            times = self._said[complaint.check]
+            if not complaint.fatal and 10 ** (len(str(times)) - 1) == times:
+                lines.append(complaint.message + (f" (for the {times}th row)" if times > 1 else ""))
+        return lines
 
 
 class Metrics:

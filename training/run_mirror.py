@@ -5,7 +5,8 @@ Kept where `checkpoint.url` is set, and brought up to date before every commit:
     run/run.yaml, run/frozen/…, run/init_from.json    as they are; written once
     run/ledger/ATTEMPT/…safetensors                   as they are; written once
     run/parts/FILE/GENERATION-OFFSET                  what FILE has grown by; FILE is metrics.jsonl,
-                                                      ledger/attempts.jsonl or bad_samples-R.jsonl
+                                                      ledger/attempts.jsonl, bad_samples-R.jsonl or
+                                                      bad_steps-R.jsonl
 
 Every start of the run puts the whole of a growing file under its own generation (training/attempts.py) and then what is
 added to it, so a leftover process of an earlier start changes nothing of what the newest one has put.
@@ -51,7 +52,8 @@ class RunMirror:
     def put_mine(self) -> None:
         """Before the rank reports that its files are put. Raises DataError when the store or the disk refuses."""
         self._put_once(f"ledger/{self._attempt.name}/*-rank-{self._rank:05d}.safetensors")
-        self._put_growth(f"bad_samples-{self._rank}.jsonl")
+        for name in ("bad_samples", "bad_steps"):
+            self._put_growth(f"{name}-{self._rank}.jsonl")
 
     def put_shared(self) -> None:
         """Rank 0, before the manifest. Raises DataError when the store or the disk refuses."""

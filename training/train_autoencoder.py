@@ -24,14 +24,17 @@ from training.diffusion_step import posterior_noise
 from training.ema import EMA
 from training.engine import Engine
 from training.errors import TrainingError
+from training.fragments import gather_into
 from training.hooks import write_grid
 from training.init_from import init_from
 from training.loop import Run, check_data
 from training.losses import psnr_db
 from training.optim import parameter_groups
 from training.replica import Replica
+from training.run_checks import DrawsCheck
 from training.run_directory import open_run_directory
 from training.schedule import learning_rate
+from training.throughput import AutoencoderFlops
 from training.update_gate import guarded
 
 
@@ -77,7 +80,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
 
     def averaged() -> Autoencoder:
         copy = Autoencoder(recipe.model).to(engine.device)
-        copy.load_state_dict(engine.all_gather(ema.fragments()), strict=False)
+        gather_into(copy, ema.fragments())
         return copy.eval().requires_grad_(False)
 
     with run.watchdog:
@@ -100,6 +103,8 @@ def loop(
     loader = run.open_loader()
     autoencoder = engine.module
     assert isinstance(autoencoder, Autoencoder)
+    draws, flops = DrawsCheck(), AutoencoderFlops(recipe.model, recipe.discriminator, recipe.loss)
+    run.parts.add(draws)
     for step in run.steps():
         rate = learning_rate(
             recipe.schedule, recipe.optim.learning_rate, step, recipe.total_steps, recipe.engine.global_batch_size
@@ -109,6 +114,8 @@ def loop(
             images, weights = batch.images(engine.device), batch.weights.to(engine.device, non_blocking=True)
             numbers = batch.sample_numbers.to(engine.device, non_blocking=True)
             eps = posterior_noise(autoencoder, images, numbers, recipe.seed)
+            draws.add(batch.sample_numbers, eps)
+            run.pace.flops += flops(images, step)
             with engine.accumulate():
                 with engine.autocast():
                     turn = generator_step(

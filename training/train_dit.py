@@ -16,11 +16,13 @@ from training.diffusion_step import diffusion_step
 from training.ema import EMA
 from training.engine import Engine
 from training.errors import TrainingError
+from training.fragments import gather_into
 from training.frozen import Frozen, check_encodings, load_frozen
 from training.hooks import sample_grid
 from training.init_from import init_from
 from training.loop import Run, check_data
 from training.optim import parameter_groups
+from training.run_checks import DiffusionChecks
 from training.run_directory import open_run_directory
 from training.schedule import learning_rate
 
@@ -65,6 +67,8 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     }
     run = Run(directory, recipe, engine, checkpointer, lambda: {"pipeline": pipeline}, indexes, quiet)
     run.resume(snapshot, groups)
+    checks = DiffusionChecks(recipe.diffusion, frozen.conditioner, dit_config, run.pace)
+    run.parts.add(*checks.parts)
 
     def draw(path: Path) -> None:
         sampler = TextToImage(frozen.autoencoder, DiT(dit_config).to(engine.device), frozen.conditioner,
@@ -72,7 +76,7 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
         sample_grid(engine, ema.fragments(), sampler, recipe.samples, path)
 
     with run.watchdog:
-        loop(recipe, run, engine, ema, frozen, groups, draw)
+        loop(recipe, run, engine, ema, frozen, groups, draw, checks)
         run.watchdog.mark("finish")
         finish(recipe, run, engine, ema, frozen, dit_config)
 
@@ -85,6 +89,7 @@ def loop(
     frozen: Frozen,
     groups: Callable[[], Groups],
     draw: Callable[[Path], None],
+    checks: DiffusionChecks,
 ) -> None:
     """Forward, backward and step."""
     loader = run.open_loader()
@@ -105,6 +110,7 @@ def loop(
                         sample_latents=recipe.latents == "sample",
                         global_batch_size=recipe.engine.global_batch_size,
                         patch_size=recipe.model.patch_size,
+                        checks=checks,
                     )
                 engine.backward(loss)  # on the last micro-batch: reduce, clip, AdamW
             run.meter.add(**scalars)
@@ -163,11 +169,10 @@ def keep_frozen(frozen: Frozen, directory: Path, engine: Engine) -> None:
 
 def finish(recipe: DiTRecipe, run: Run, engine: Engine, ema: EMA, frozen: Frozen, dit_config: DiTConfig) -> None:
     """Writes the artifact from the first average and leaves the process group."""
-    tensors = engine.all_gather(ema.fragments())
     folder = run.directory / "artifact"
-    if engine.rank == 0 and not folder.exists():
-        dit = DiT(dit_config)
-        dit.load_state_dict({name: tensor.cpu() for name, tensor in tensors.items()})
+    dit = DiT(dit_config) if engine.rank == 0 and not folder.exists() else None
+    gather_into(dit, ema.fragments())
+    if dit is not None:
         TextToImage(
             frozen.autoencoder.cpu(), dit, frozen.conditioner.cpu(), recipe.diffusion, recipe.data.image_size
         ).save(folder)

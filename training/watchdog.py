@@ -26,7 +26,7 @@ BRIEF = ("data", "forward", "backward", "update", "row")
 PATIENCE = 4.0  # times the time-out for the other phases, and for the whole first step, in which kernels are built
 LOOKS = 20  # looks per time-out
 LONGEST_LOOK_S = 10.0
-LEAST_ANSWER_S = 2.0  # that the store is given for an answer
+LEAST_ANSWER_S = 5.0  # that the store and the other ranks are given for an answer
 _KEY = "darkroom/watchdog"
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class Watchdog:
         self._directory, self._rank, self._world_size = directory, rank, world_size
         self._timeout_s, self._end = timeout_s, end
         self._look_s = min(timeout_s / LOOKS, LONGEST_LOOK_S)
-        self._patience_s = max(3 * self._look_s, LEAST_ANSWER_S)  # with the store
+        self._patience_s = max(5 * self._look_s, LEAST_ANSWER_S)  # with the store and the other ranks
         self._place, self._since_s = Place(0, 0, "start"), time.monotonic()
         self._first_step: int | None = None
         self._beats = 0
@@ -175,21 +175,30 @@ class Watchdog:
 
         return self._ask(question) or {}
 
+    def _silent(self, before: dict[int, list[Any]], after: dict[int, list[Any]]) -> set[int]:
+        """Other ranks that have published nothing, or nothing since `before`."""
+        others = set(range(self._world_size)) - {self._rank}
+        return {rank for rank in others if rank not in after or after[rank][0] == before.get(rank, [None])[0]}
+
     def _find_out(self) -> str | None:
         """Who is behind, in the words of the first rank that asked; None if this rank has gone on meanwhile."""
         mine = self._place
         if self._store is None:  # once more: it may have been slow
             self._store = _within(self._patience_s, lambda: _connect(self._world_size))
-        before = self._read()
-        self._stopped.wait(3 * self._look_s)  # in which every watchdog that lives publishes again
-        after = self._read()
+        before = after = self._read()
+        deadline = time.monotonic() + self._patience_s
+        while self._silent(before, after) and time.monotonic() < deadline:
+            if self._stopped.wait(self._look_s):
+                return None
+            if told := self._exchange():  # publishes: the others may be asking, too
+                return told
+            after = self._read()  # every watchdog that lives will have published again
         if self._place.marks != mine.marks:
             return None
         if self._store is None and self._world_size > 1:  # it lives in rank 0
             return hang_message({self._rank: mine}, {0}, self._allowed_s())
-        silent = {r for r in range(self._world_size) if r not in after or after[r][0] == before.get(r, [None])[0]}
         places = {rank: Place(*place) for rank, (_, *place) in after.items()} | {self._rank: mine}
-        told = hang_message(places, silent - {self._rank}, self._allowed_s())
+        told = hang_message(places, self._silent(before, after), self._allowed_s())
         return self._ask(lambda store: store.compare_set(f"{_KEY}/hang", "", told).decode()) or told
 
     def _give_up(self, told: str) -> None:
@@ -204,7 +213,7 @@ class Watchdog:
         except OSError:  # a full disk
             _dump(sys.stderr, line)
         self._ask(lambda store: store.add(f"{_KEY}/written", 1))
-        deadline = time.monotonic() + 5 * self._look_s  # all ranks' stacks are written before the launcher ends any
+        deadline = time.monotonic() + self._patience_s  # all ranks' stacks are written before the launcher ends any
         while (self._ask(lambda store: store.add(f"{_KEY}/written", 0)) or self._world_size) < self._world_size:
             if time.monotonic() > deadline:
                 break

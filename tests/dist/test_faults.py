@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [*(f"{stage} float32" for stage in range(4)), *(f"{stage} bfloat16" for stage in (1, 2, 3))]
+CASES += ["2 bfloat16 offload", "3 float32 offload"]
 NO_NINJA = "no-such-folder"
 EXTENSIONS = ("deepspeed_shm_comm", "fused_adam", "cpu_adam", "utils", "async_io")
 

@@ -50,3 +50,15 @@ def test_sigkill_and_resume_repeats_the_curve_bit_for_bit(world, whole):
     assert (run / "artifact" / "model.safetensors").read_bytes() == (
         whole / "artifact" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.all
+def test_a_run_starts_from_the_averages_of_anothers_checkpoint(world, whole):
+    run, source = world.folder / "autoencoder-initialised", whole / "checkpoints" / "step-00000004"
+    command = ("train", "autoencoder", world.autoencoder_recipe, "--run", run, "--nproc", 2, f"init_from={source}")
+    result = darkroom(*command, "total_steps=1", "checkpoint.every_steps=1")
+    assert result.code == 0, result.err
+    record = json.loads((run / "init_from.json").read_text())
+    assert record["weights"] == "ema-0.9 at step 4" and record["source"] == str(source)
+    assert record["loaded"] and not (record["missing"] or record["shape_differs"] or record["unexpected"])
+    assert curve(run)[0]["rec_loss"] < curve(whole)[0]["rec_loss"]

@@ -15,6 +15,7 @@ DARKROOM_TEST_NAN=41,51       pictures 41 and 51 of the run, counted from 0, are
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ if __name__ == "__main__":
     if numbers := os.environ.get("DARKROOM_TEST_NAN"):
         poison({int(number) for number in numbers.split(",")})
     plan = os.environ.get("DARKROOM_TEST_DIE")
-    if plan and "RANK" in os.environ:  # the command that starts the ranks lives
+    alone = "--nproc" not in sys.argv or sys.argv[sys.argv.index("--nproc") + 1] == "1"
+    if plan and ("RANK" in os.environ or alone):  # the command that starts the ranks lives
         where, _, rest = plan.partition(":")
         if where == "count":
             fault_points.count_into(Path(rest), ranks().rank)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from launch.runtime import ranks
+from tests.helpers import engine_options
+from tests.helpers.runs import gathered
 from training.checkpoint import CheckpointConfig, Checkpointer
 from training.ema import EMA, EMAConfig, gamma_of, power_name
 from training.engine import Engine, EngineConfig
@@ -107,7 +109,7 @@ def run_stage(
     saved = keeper.newest()
     assert saved is not None
     weights, averages, expected = reference(optim)
-    live = engine.all_gather(engine.weight_fragments())
+    live = gathered(engine.weight_fragments())
     result = {
         "weights": max(float((saved.tensor("model", n) - w).abs().max()) for n, w in weights.items()),
         "masters_are_what_is_saved": max(float((saved.tensor("model", n) - live[n]).abs().max()) for n in weights),
@@ -150,6 +152,8 @@ if __name__ == "__main__":
     run_stage(3, part, 0, 2, None, GROUPED)
     forget_accelerate()
     results["3 then 2, groups"] = run_stage(2, root / "rest-groups", 2, STEPS - 2, part, GROUPED)
+    forget_accelerate()
+    results["options"] = engine_options.everything(root / "t5")
     if ranks().rank == 0:
         (root / "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()

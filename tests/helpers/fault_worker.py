@@ -14,6 +14,7 @@ from torch import nn
 
 from launch.runtime import ranks
 from tests.helpers.engine_worker import build, forget_accelerate, loss_of, micro_batch
+from tests.helpers.runs import gathered
 from training.bad_steps import BadSteps
 from training.checkpoint import CheckpointConfig, Checkpointer, Snapshot
 from training.ema import EMA, EMAConfig
@@ -62,9 +63,9 @@ def faulty(loss: torch.Tensor, fault: str) -> torch.Tensor:
 class Trainer:
     """An engine, its averages and its bad steps; the loop of training.loop without files and data."""
 
-    def __init__(self, folder: Path, stage: int, precision: str) -> None:
+    def __init__(self, folder: Path, stage: int, precision: str, offload: bool) -> None:
         config = EngineConfig(zero_stage=stage, precision=precision, micro_batch_size=MICRO, global_batch_size=GLOBAL,
-                              max_grad_norm=CLIP)  # fmt: skip
+                              max_grad_norm=CLIP, offload_optimizer=offload)  # fmt: skip
         self.engine = Engine(config, ranks().world_size)
         self.engine.shard(build(), OPTIM)
         self.ema = EMA(EMAS, self.engine.weight_fragments())
@@ -83,7 +84,7 @@ class Trainer:
         self.engine.set_adam_step(snapshot.state["adam_step"])
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: t.clone() for name, t in self.engine.all_gather(self.engine.weight_fragments()).items()}
+        return {name: t.clone() for name, t in gathered(self.engine.weight_fragments()).items()}
 
     def step(self, step: int) -> None:
         if self.bad_steps.policy.gives_up:
@@ -130,9 +131,9 @@ def distance(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     return max(float((mine[name] - theirs[name]).abs().max()) for name in theirs)
 
 
-def run_stage(stage: int, precision: str, folder: Path) -> dict[str, Any]:
+def run_stage(stage: int, precision: str, folder: Path, offload: bool = False) -> dict[str, Any]:
     """A whole run with all faults; then the same from its commit on."""
-    first = Trainer(folder, stage, precision)
+    first = Trainer(folder, stage, precision, offload)
     moved = []
     for step in range(LOOK):
         before = first.weights()
@@ -143,7 +144,7 @@ def run_stage(stage: int, precision: str, folder: Path) -> dict[str, Any]:
     mine = first.weights()
     result: dict[str, Any] = {
         "weights": distance(mine, weights),
-        "ema": distance(first.engine.all_gather(first.ema.fragments()), average),
+        "ema": distance(gathered(first.ema.fragments()), average),
         "adam_step": first.engine.adam_step(),
         "unmoved": [step for step, has in moved if not has],
         "bad": [step for step, bad in enumerate(first.verdicts) if bad],
@@ -164,7 +165,7 @@ def run_stage(stage: int, precision: str, folder: Path) -> dict[str, Any]:
     )
     forget_accelerate()
 
-    again = Trainer(folder, stage, precision)
+    again = Trainer(folder, stage, precision, offload)
     snapshot = again.keeper.newest()
     assert snapshot is not None and snapshot.step == COMMIT
     again.restore(snapshot)
@@ -234,6 +235,9 @@ if __name__ == "__main__":
     found: dict[str, Any] = {
         f"{stage} {precision}": run_stage(stage, precision, root / f"{stage}-{precision}") for stage, precision in cases
     }
+    for stage, precision in ((2, "bfloat16"), (3, "float32")):
+        case = f"{stage} {precision} offload"
+        found[case] = run_stage(stage, precision, root / case.replace(" ", "-"), offload=True)
     found["replica"] = run_replica()
     if ranks().rank == 0:
         (root / "results.json").write_text(json.dumps(found))

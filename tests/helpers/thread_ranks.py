@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from training.engine import Fragment
+from training.fragments import Fragment
 
 T = TypeVar("T")
 PATIENCE_S = 60.0

@@ -297,6 +297,21 @@ def test_checkpoints_are_listed_and_verified(darkroom: Any, tmp_path: Path) -> N
     assert code == 2 and "no committed checkpoint" in err
 
 
+def test_old_checkpoints_are_pruned_but_never_the_only_good_one(darkroom: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    paths = {step: commit(run, step, b"content") for step in (10, 20, 30, 40)}
+    command = ("checkpoint", "prune", str(run), "--keep-last", "1")
+    code, printed, _ = darkroom(*command, "--keep-every", "20", "--dry-run", "--json")
+    assert code == 0 and json.loads(printed)["deleted"] == [10, 30] and all(path.exists() for path in paths.values())
+    assert darkroom(*command, "--keep-every", "20")[1] == "deleted: 10, 30; kept: 20, 40\n"
+    assert [step for step, path in paths.items() if path.exists()] == [20, 40]
+    paths[40].write_bytes(b"damaged")
+    code, _, err = darkroom(*command)
+    assert code == 2 and err.startswith("error: ") and "none of the 1 that would stay is good" in err
+    assert paths[20].exists()
+    assert darkroom("checkpoint", "prune", str(run), "--keep-last", "0")[0] == 2
+
+
 def test_an_average_is_found_from_those_that_were_kept(darkroom: Any, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file

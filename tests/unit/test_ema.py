@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from data.manifest import step_folder
 from tests.helpers.commits import write_commit
 from training.ema import EMA, EMAConfig, ema_decay, gamma_of, power_name, sigma_rel_of
-from training.engine import Fragment, scatter
+from training.engine import Fragment
 from training.errors import TrainingError
+from training.fragments import scatter
 from training.post_hoc_ema import Profile, dot, fit, write_post_hoc_ema
 
 STEPS, EVERY = 512, 16

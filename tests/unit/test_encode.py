@@ -38,6 +38,8 @@ from training.diffusion_step import diffusion_step, stored_text
 from training.encode import encode
 from training.errors import Preempted, TrainingError
 from training.frozen import Frozen, check_encodings
+from training.run_checks import DiffusionChecks
+from training.throughput import Pace
 
 SIZES = ((32, 32), (48, 32), (40, 64), (32, 36))
 NUM_SAMPLES, PER_SHARD = 20, 5
@@ -306,7 +308,9 @@ def test_a_step_on_stored_samples_is_the_step_on_pictures(text_padding: str, pla
         iter(build_loader(LoaderConfig(shards=url, image_size=32, num_streams=2), **arguments))
         for url in (places(), str(tmp_path))
     ]
-    dropped = 0.0
+    checks = [
+        DiffusionChecks(DiffusionConfig(), frozen.conditioner, dit.config, Pace(torch.device("cpu"))) for _ in "ab"
+    ]
     masks: list[torch.Tensor | None] = []
 
     step = partial(diffusion_step, diffusion=DiffusionConfig(), seed=5, global_batch_size=8, patch_size=2)
@@ -320,20 +324,24 @@ def test_a_step_on_stored_samples_is_the_step_on_pictures(text_padding: str, pla
         assert raw.keys == stored.keys and raw.captions == stored.captions
         assert torch.equal(raw.sample_numbers, stored.sample_numbers)
         for sample_latents in (True, False):
-            results = [step(told, batch, frozen, sample_latents=sample_latents) for batch in (raw, stored)]
+            results = [
+                step(told, batch, frozen, sample_latents=sample_latents, checks=own)
+                for batch, own in zip((raw, stored), checks, strict=True)
+            ]
             (loss, scalars), (stored_loss, stored_scalars) = results
             assert stored_loss.item() == pytest.approx(loss.item(), rel=2e-3)
             assert stored_scalars["latent_std"].item() == pytest.approx(scalars["latent_std"].item(), rel=2e-3)
-            dropped += sum(float(scalars[name]) for name in scalars if name.startswith("dropped"))
-            assert all(torch.equal(scalars[name], stored_scalars[name]) for name in scalars if "dropped" in name)
         drop = torch.rand(4, 3, generator=torch.Generator().manual_seed(int(raw.sample_numbers[0]))) < 0.3
         text = frozen.conditioner.encode(raw.captions, drop)
-        found = stored_text(frozen.conditioner, stored.encoded, drop, torch.device("cpu"))
+        features = stored_text(frozen.conditioner, stored.encoded, torch.device("cpu"))
+        found = frozen.conditioner.join(features, drop)
         torch.testing.assert_close(found.text_embeds, text.text_embeds, rtol=2**-8, atol=1e-6)
         torch.testing.assert_close(found.pooled, text.pooled, rtol=2**-8, atol=1e-6)
         assert (found.text_mask is None) == (text_padding == "attended")
         assert found.text_mask is None or torch.equal(found.text_mask, text.text_mask)
-    assert dropped > 0
+    heard = [own.text.read(own.text.numbers()[None]) for own in checks]
+    assert heard[0] == heard[1] and not heard[0].complaints
+    assert all(0.0 < rate < 0.5 for rate in heard[0].fields["drop_rates"].values())
     assert all((mask is None) == (text_padding == "attended") for mask in masks)
 
 

@@ -1,6 +1,7 @@
 """The run directory's copy beside the checkpoints, and starting from another run's weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from data.errors import DataError
 from data.manifest import Manifest, step_folder, write_manifest
 from data.object_store import LocalStore, open_store
 from models.artifact import save_artifact
+from models.autoencoder import save_autoencoder
+from tests.helpers import tiny
 from tests.helpers.commits import write_commit
 from tests.helpers.thread_ranks import cut, on_ranks, whole
 from training.attempts import Attempt, register
 from training.checkpoint import CheckpointConfig, Checkpointer
 from training.errors import TrainingError
+from training.frozen import load_frozen
 from training.init_from import init_from
 from training.run_mirror import RunMirror, fetch_run
 
@@ -137,6 +141,17 @@ def test_checkpoints_of_another_run_are_refused_before_it_is_disturbed(tmp_path:
     assert len(open_store(tmp_path / "bucket").list("attempts/")) == 1
 
 
+def test_an_empty_place_is_no_fresh_start_for_a_run_with_commits_elsewhere(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.yaml").write_text("recipe: {checkpoint: {url: null}}\n")
+    moved = CheckpointConfig(url=str(tmp_path / "bucket"))
+    on_ranks(1, lambda engine: Checkpointer(run, moved, engine).newest())
+    write_commit(run / "checkpoints", 4, {"model": {"w": torch.ones(3)}}, {"n": 1})
+    with pytest.raises(TrainingError, match="has its checkpoints in .*run/checkpoints, and .*bucket holds none"):
+        on_ranks(2, lambda engine: Checkpointer(run, moved, engine).newest())
+
+
 def test_what_a_run_keeps_is_there_before_its_commit(tmp_path: Path) -> None:
     """The mirror's failure is the save's."""
     run = a_run(tmp_path / "run")
@@ -178,6 +193,20 @@ def test_ledger_files_of_all_ranks_are_kept_once(tmp_path: Path, store: Any) -> 
     ]
     RunMirror(store, run, 1, attempt).put_mine()
     assert len(store.list("run/ledger/")) == 2
+
+
+def test_kept_networks_stand_in_for_the_recipes_and_drop_captions_as_it_says(tmp_path: Path) -> None:
+    autoencoder = tiny.autoencoder_artifact(tmp_path / "autoencoder")
+    recipe = tiny.dit_recipe(tmp_path, autoencoder, text_encoders=tiny.ENCODERS[:1])
+    made = load_frozen(recipe)
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_frozen(replace(recipe, autoencoder=str(tmp_path / "gone")), tmp_path / "frozen")
+    save_autoencoder(tmp_path / "frozen" / "autoencoder", made.autoencoder)
+    made.conditioner.save(tmp_path / "frozen" / "text_encoders")
+    kept = load_frozen(replace(recipe, autoencoder=str(tmp_path / "gone")), tmp_path / "frozen")
+    assert kept.autoencoder_fingerprint == made.autoencoder_fingerprint
+    assert kept.conditioner.fingerprint == made.conditioner.fingerprint
+    assert kept.conditioner.dropout == made.conditioner.dropout == [0.2]
 
 
 # --- init_from ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import data.manifest
 from data.errors import DataError
 from data.local_store import LocalStore
 from data.manifest import list_commits, read_manifest, verify
@@ -20,6 +22,7 @@ from tests.helpers.s3_servers import moto_server, use_endpoint
 from tests.helpers.thread_ranks import cut, on_ranks, whole
 from training.attempts import generation_of
 from training.checkpoint import CheckpointConfig, Checkpointer
+from training.checkpoint_writer import HostCopy
 from training.errors import TrainingError
 
 SHAPES = {"a": (5, 7), "b": (3,), "c": (), "d": (2, 3, 4)}
@@ -136,6 +139,38 @@ def test_files_hold_each_element_once_and_the_layout_stands_once(tmp_path: Path)
         assert list(file.keys()) == ["a"], "dealt by size: the largest lies alone"
 
 
+def test_ranks_share_the_hashing_and_read_no_more_than_they_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, world_size=3)
+    hashed: list[str] = []
+    read: list[int] = []
+    sha256, open_range = data.manifest.file_sha256, LocalStore.open_range
+
+    def hash_and_tell(store: Any, key: str) -> str:
+        hashed.append(key)
+        return sha256(store, key)
+
+    def open_and_tell(store: LocalStore, key: str, start: int = 0, length: int | None = None) -> Any:
+        if start:  # behind a header
+            read.append(length or 0)
+        return open_range(store, key, start, length)
+
+    def restore(engine: Any) -> int:
+        snapshot = Checkpointer(Path("unused"), CheckpointConfig(url=str(tmp_path)), engine).newest()
+        assert snapshot is not None
+        groups = {name: cut(tensors(0), engine.rank, engine.world_size) for name in ("model", "exp_avg")}
+        snapshot.restore(groups)
+        return sum(4 * fragment.data.numel() for fragments in groups.values() for fragment in fragments.values())
+
+    monkeypatch.setattr("data.manifest.file_sha256", hash_and_tell)
+    monkeypatch.setattr("data.commit.GAP_BYTES", 0)
+    monkeypatch.setattr(LocalStore, "open_range", open_and_tell)
+    owned = on_ranks(4, restore)
+    assert len(hashed) == len(set(hashed)) == len(read_manifest(open_store(tmp_path), 1).files)
+    assert sum(read) == sum(owned)
+
+
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path, 1)
 
@@ -200,6 +235,18 @@ def test_host_buffers_are_made_once(tmp_path: Path) -> None:
         return places
 
     assert len(on_ranks(1, work)[0]) == 1
+
+
+@pytest.mark.cuda
+def test_host_buffers_of_a_gpu_are_page_locked() -> None:
+    weights = {"w": torch.arange(100_003.0, device="cuda"), "v": torch.ones(7, device="cuda")}
+    copy = HostCopy(0, 1)
+    for _ in range(2):
+        copy.take({"model": whole(weights)})
+        for tensor in weights.values():
+            tensor.neg_()
+    buffer = copy._buffers["model"]
+    assert buffer.is_pinned() and torch.equal(buffer, torch.cat([-tensor.cpu() for tensor in weights.values()]))
 
 
 def refusing(times: int, error: Exception) -> Callable[..., Any]:
@@ -330,6 +377,49 @@ def test_a_full_or_read_only_disk_leaves_no_half_file(tmp_path: Path, monkeypatc
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     store.put_parts([b"a", memoryview(b"b")], "x/y")
     assert (tmp_path / "x" / "y").read_bytes() == b"ab"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("may not mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_save_onto_a_full_disk_is_made_once_there_is_room(small_disk: Path) -> None:
+    """A megabyte and a half of weights onto two that somebody else has filled by half."""
+    weights = {f"w{number}": torch.full((1 << 17,), float(number)) for number in range(3)}  # rank 0's lies in one file
+    hog = small_disk / "hog"
+    hog.write_bytes(b"x" * (1 << 20))
+
+    def work(engine: Any) -> str:
+        keeper = Checkpointer(small_disk, CheckpointConfig(max_failed_saves=2), engine)
+        keeper.newest()
+        keeper.save(10, {"model": whole(weights)}, {})
+        keeper._settle()
+        assert keeper.failed_saves == 1 and not list(small_disk.rglob(".tmp-*"))
+        engine.exchange(None)
+        if engine.rank == 0:
+            hog.unlink()
+        engine.exchange(None)
+        keeper.finish()
+        hog.write_bytes(b"x" * (1 << 18))
+        keeper.save(20, {"model": whole(weights)}, {})
+        with pytest.raises(TrainingError) as caught:
+            keeper.finish()
+        return str(caught.value)
+
+    told = on_ranks(2, work)
+    assert "No space left on device; check the path, the rights and the free space" in told[0]
+    assert "2 failures in a row, the last good one is step 10" in told[0]
+    assert find(small_disk / "checkpoints") == (10, [], 0)
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
