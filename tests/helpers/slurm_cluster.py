@@ -169,9 +169,14 @@ class SlurmCluster:
         text = self.run("scontrol", "-o", "show", "job", str(job_id), check=False)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def start_now(self, job_id: int) -> None:
-        """Spares a requeued job the rest of its wait."""
-        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
+    def limit(self, job_id: int, time: str) -> None:
+        """Gives a job another time limit (HH:MM:SS); one that is just ending takes it when it is queued again."""
+
+        def done() -> bool:
+            self.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={time}", check=False)
+            return self.job(job_id).get("TimeLimit") == time
+
+        until(f"job {job_id} has the limit {time}", done)
 
     def job_processes(self) -> list[int]:
         """Processes that jobs of this cluster started and that still run, wherever their parents went."""

@@ -56,9 +56,9 @@ def test_time_limit_then_preemption(launched: Callable[..., Launched], long_reci
     test.submit()
     cluster, job = test.cluster, test.job("dit")
     test.until("it has trained", lambda: rows(run) >= 60)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # less than a minute is left: at once
+    cluster.limit(job, "00:01:00")  # less than a minute is left: at once
     test.until("the first attempt has ended", lambda: test.attempts("dit")[0].outcome)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    cluster.limit(job, "00:30:00")
     first = test.attempts("dit")[0]
     assert (first.outcome, first.why) == ("preempted", "SIGUSR1: saved")
     ends = rank_ends(test.root / "dit" / f"attempt-{first.id}")
@@ -151,9 +151,9 @@ def test_a_limit_without_a_signal_before_it(launched: Callable[..., Launched], l
     test = launched(train(long_recipe, f"{run} total_steps=9000"), sbatch_options=["--signal=CONT@1"])
     test.submit()
     test.until("it trains", lambda: rows(run) >= 20)
-    test.cluster.run("scontrol", "update", f"JobId={test.job('dit')}", "TimeLimit=1")
+    test.cluster.limit(test.job("dit"), "00:01:00")
     test.until("the first attempt has ended", lambda: test.attempts("dit")[0].outcome)
-    test.cluster.run("scontrol", "update", f"JobId={test.job('dit')}", "TimeLimit=30")
+    test.cluster.limit(test.job("dit"), "00:30:00")
     test.until("another has begun", lambda: len(test.attempts("dit")) == 2)
     first, second = test.attempts("dit")
     assert (first.outcome, first.why) == ("preempted", "SIGTERM: saved")
