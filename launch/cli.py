@@ -1,5 +1,4 @@
-"""The command line. With cli_data and cli_checkpoint it alone names every package, each inside the command that needs
-it.
+"""The command line. With the other modules cli_* it alone names every package, each inside the command that needs it.
 
 Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's mistake (one line), 75 preempted and saved.
 docs/commands.md is the user's page.
@@ -14,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launch import cli_checkpoint, cli_data
+from launch import cli_checkpoint, cli_data, cli_doctor, cli_launch
 from launch.cli_common import AsJson, Quiet, refuse, say, show
 
 app = typer.Typer(
@@ -29,6 +28,8 @@ train_app = typer.Typer(help="Train the autoencoder, then the diffusion transfor
 app.add_typer(cli_data.app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(cli_checkpoint.app, name="checkpoint")
+app.add_typer(cli_launch.app, name="launch")
+app.command("doctor")(cli_doctor.doctor)
 
 # Of metrics.json: what a terminal is spared.
 NOT_FIGURES = ("format_version", "model", "settings", "data", "prompts", "reader", "versions", "eval_seconds")
@@ -279,20 +280,6 @@ def report(
     from eval.report import write_report
 
     say(str(write_report(run)), quiet)
-
-
-# --- doctor -------------------------------------------------------------------------------------------------------
-
-
-@app.command("doctor")
-def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine and installation offer, and what is missing."""
-    from launch.doctor import examine
-
-    facts = examine()
-    show(facts, as_json)
-    if facts["missing"]:
-        refuse(f"missing: {', '.join(facts['missing'])}; install them, or run `make install`")
 
 
 if __name__ == "__main__":

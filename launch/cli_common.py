@@ -1,6 +1,8 @@
 """What the modules of the command line share: common flags, and how facts, problems and refusals are shown."""
 
 import json
+import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -40,3 +42,8 @@ def end_with_problems(url: str, problems: list[str], checked: str, remedy: str, 
         refuse(f"{url} has {len(problems)} problem{'s' * (len(problems) > 1)}; {remedy}")
     if not as_json:
         say(checked, quiet)
+
+
+def darkroom_command() -> str:
+    """The command that runs, as an absolute path."""
+    return str(Path(sys.executable).with_name("darkroom"))

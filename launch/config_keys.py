@@ -30,6 +30,11 @@ def _element_dataclass(hint: Any, index: int) -> type | None:
     return _dataclass_in(args[index]) if index < len(args) else None
 
 
+def _value_dataclass(hint: Any) -> type | None:
+    """The dataclass of the values of a `Mapping[str, X]`, or None."""
+    return _dataclass_in(get_args(hint)[1]) if get_origin(hint) in (dict, Mapping) else None
+
+
 def check_keys(cls: type, values: Any, where: str, prefix: str, root: type) -> None:
     """Refuses unknown and missing keys at every level, before types are looked at."""
     if not isinstance(values, Mapping):
@@ -44,6 +49,9 @@ def check_keys(cls: type, values: Any, where: str, prefix: str, root: type) -> N
         inner = _dataclass_in(hints[key])
         if inner is not None:
             check_keys(inner, value, where, f"{prefix}{key}.", root)
+        elif (named := _value_dataclass(hints[key])) is not None and isinstance(value, Mapping):
+            for name, element in value.items():
+                check_keys(named, element, where, f"{prefix}{key}.{name}.", root)
         elif isinstance(value, list | tuple):
             for index, element in enumerate(value):
                 element_class = _element_dataclass(hints[key], index)

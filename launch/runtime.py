@@ -230,13 +230,25 @@ def run_command(argv: Sequence[str], env: Mapping[str, str] | None = None) -> in
 
     Returns its exit code (128 + n if signal n killed it).
     """
+    return run_and_note(argv, env)[0]
+
+
+def run_and_note(argv: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[int, list[str]]:
+    """As `run_command`; also gives the names of the signals that were passed on, in order."""
     group = _Group(grace_s=10.0)
     with group.forwarding():
         try:
             group.start(argv, os.environ if env is None else env)
-            return group.wait()
+            code = group.wait()
         finally:
             group.kill()
+    return code, group.received
+
+
+def die_with_parent() -> None:
+    """This process is killed when its parent dies (Linux); at once, if that is dead already."""
+    if arm := _die_with_parent(os.getppid()):
+        arm()
 
 
 def _environments(nproc: int, base: Mapping[str, str], error_dir: str) -> list[dict[str, str]]:
@@ -263,12 +275,11 @@ def _print_errors(error_dir: str) -> bool:
     return bool(lines)
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a child runs before its command, so that even a SIGKILLed parent leaves no orphans. Linux only."""
+def _die_with_parent(parent: int) -> Callable[[], None] | None:
+    """What a child of `parent` runs first, so that even a SIGKILLed parent leaves no orphans. Linux only."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork
-    parent = os.getpid()
 
     def arm() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -303,8 +314,15 @@ class _Group:
         for child in self._children:
             _send(child, signal.SIGKILL if again else number)
 
+    @property
+    def received(self) -> list[str]:
+        """Names of the signals that were passed on."""
+        return [signal.Signals(number).name for number in self._received]
+
     def start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        child = subprocess.Popen(list(argv), env=dict(env), start_new_session=True, preexec_fn=_die_with_parent())
+        child = subprocess.Popen(
+            list(argv), env=dict(env), start_new_session=True, preexec_fn=_die_with_parent(os.getpid())
+        )
         self._children.append(child)
         for number in self._received:  # a signal that came while the ranks were being started
             _send(child, number)

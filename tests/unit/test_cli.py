@@ -104,7 +104,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-m", "launch.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert cpu_s() - before < 0.5
     assert done.returncode == 0
-    for command in ("data", "train", "sample", "eval", "export", "checkpoint", "report", "doctor"):
+    for command in ("data", "train", "sample", "eval", "export", "checkpoint", "report", "launch", "doctor"):
         assert f"\n  {command} " in done.stdout
 
 

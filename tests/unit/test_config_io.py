@@ -268,9 +268,16 @@ def test_read_yaml_wants_a_mapping(tmp_path: Path) -> None:
 
 def schemas() -> dict[str, type]:
     from eval.config import EvalRecipe
+    from launch.pipeline import Pipeline
     from training.config import AutoencoderRecipe, DiTRecipe, EncodeRecipe
 
-    return {"autoencoder": AutoencoderRecipe, "dit": DiTRecipe, "encode": EncodeRecipe, "eval": EvalRecipe}
+    return {
+        "autoencoder": AutoencoderRecipe,
+        "dit": DiTRecipe,
+        "encode": EncodeRecipe,
+        "eval": EvalRecipe,
+        "pipeline": Pipeline,
+    }
 
 
 def test_every_yaml_of_the_repository_is_a_recipe() -> None:

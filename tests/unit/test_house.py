@@ -19,14 +19,16 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "eval": ("models", "data", "launch"),
 }
 # And import them inside their commands only.
-NAMES_EVERYBODY = ("launch/cli.py", "launch/cli_checkpoint.py", "launch/cli_data.py")
+NAMES_EVERYBODY = tuple(
+    f"launch/{name}.py" for name in ("cli", "cli_checkpoint", "cli_data", "cli_doctor", "cli_launch")
+)
 DOORS: dict[str, tuple[str, ...]] = {
     "boto3": ("data/s3_client.py",),
     "botocore": ("data/s3_client.py",),
     "webdataset": ("data/shards.py", "data/shard_reader.py"),
     "yaml": ("launch/config_io.py",),
     "pydantic": ("launch/config_io.py",),
-    "typer": ("launch/cli.py", "launch/cli_checkpoint.py", "launch/cli_data.py", "launch/cli_common.py"),
+    "typer": (*NAMES_EVERYBODY, "launch/cli_common.py"),
     "accelerate": ("training/engine.py", "training/metrics.py"),
     "deepspeed": ("training/engine.py",),
     "tensorboard": ("training/metrics.py",),
