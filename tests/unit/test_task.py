@@ -65,7 +65,7 @@ def test_a_signal_is_on_record_with_what_it_did(attempt: Path) -> None:
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=60)
     (end,) = rank_ends(attempt)
-    assert (process.returncode, end.code, end.signals) == (138, 138, ("SIGUSR1",))
+    assert (process.returncode, end.code, end.signals) == (0, 75, ("SIGUSR1",))  # too early to have a save to make
 
 
 def test_a_replaced_task_ends_with_its_rank(attempt: Path) -> None:
