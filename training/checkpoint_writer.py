@@ -5,6 +5,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ Groups = dict[str, dict[str, Fragment]]
 Pieces = dict[str, tuple[tuple[int, ...], int, int]]  # name to shape, first element and number of elements
 Owned = list[tuple[list[str], Pieces]]  # groups that are laid out alike, and what one rank owns of each
 
+COPY_THREADS = 4  # groups that are copied at once from host memory
 _PORTABLE = 1  # cudaHostRegisterPortable
 
 log = logging.getLogger(__name__)
@@ -44,19 +46,18 @@ class HostCopy:
     def take(self, groups: Groups) -> None:
         """Copies; no collective, no whole tensor of what is sharded."""
         self._tensors = {}
-        on_gpu = False
+        sources: list[tuple[Tensor, list[Tensor]]] = []  # a group's buffer, and what goes into it
         for group, fragments in groups.items():
             owned = {name: fragments[name] for name in self._own(fragments)}
-            buffer = self._buffer(group, owned)
-            offset = 0
-            for fragment in owned.values():
-                length = fragment.data.numel()
-                buffer[offset : offset + length].copy_(fragment.data.detach().reshape(-1), non_blocking=True)
-                offset += length
-                on_gpu = on_gpu or fragment.data.is_cuda
+            sources.append((self._buffer(group, owned), [fragment.data.detach() for fragment in owned.values()]))
             self._tensors[group] = {name: (f.shape, f.start, f.data.numel()) for name, f in owned.items()}
-        if on_gpu:
+        if any(part.is_cuda for _, parts in sources for part in parts):
+            for buffer, parts in sources:
+                _fill(buffer, parts)
             torch.cuda.current_stream().synchronize()
+        else:  # one core alone does not use the memory's width
+            with ThreadPoolExecutor(COPY_THREADS) as pool:
+                list(pool.map(_fill, *zip(*sources, strict=True)))
 
     def owned(self) -> Owned:
         """What this rank owns, for the manifest."""
@@ -100,6 +101,13 @@ class HostCopy:
             if any(fragment.data.is_cuda for fragment in owned.values()):
                 _page_lock(buffer)
         return buffer
+
+
+def _fill(buffer: Tensor, parts: list[Tensor]) -> None:
+    offset = 0
+    for part in parts:
+        buffer[offset : offset + part.numel()].copy_(part.reshape(-1), non_blocking=True)
+        offset += part.numel()
 
 
 def _page_lock(buffer: Tensor) -> None:

@@ -258,7 +258,7 @@ def _serve(control: socket.socket) -> None:
         if not request:
             return
         refuse_unless_alone()
-        die_with_parent = runtime._die_with_parent()
+        die_with_parent = runtime._die_with_parent(os.getpid())
         if os.fork() == 0:
             try:
                 die_with_parent()  # type: ignore[misc]
@@ -277,7 +277,7 @@ def _supervise(request: dict[str, Any], reply_fd: int, out: int, err: int) -> No
     from launch.runtime import _die_with_parent
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    die_with_parent = _die_with_parent()
+    die_with_parent = _die_with_parent(os.getpid())
 
     def before_it_runs() -> None:
         die_with_parent()  # type: ignore[misc]
