@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.runtime import ranks, spawn
+from launch.runtime import EXIT_PREEMPTED
 from tests.helpers import warm_ranks
 
 HERE = Path(__file__)  # it is also the script of the ranks
@@ -78,7 +79,7 @@ def test_a_signal_to_the_command_ends_its_ranks(tmp_path, number):
         said += pipe.read_text().split()
     processes = [os.pidfd_open(int(pid)) for pid in said]
     command.send_signal(number)
-    assert command.wait(30).code == (-9 if number == signal.SIGKILL else 128 + number)
+    assert command.wait(30).code == (-9 if number == signal.SIGKILL else EXIT_PREEMPTED)
     for process in processes:
         assert select.select([process], [], [], 30)[0], "a rank is left behind"
         os.close(process)
