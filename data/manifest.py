@@ -61,8 +61,13 @@ def write_manifest(store: Store, folder: str, manifest: Manifest) -> bool:
         raise ValueError(f"folder {folder!r} is not that of step {manifest.step}: {step_folder(manifest.step)!r}")
     for key in manifest.files:
         checked_key(key)
-    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(manifest)}, separators=(",", ":"))
-    return store.put_if_absent(text.encode(), f"{folder}/{MANIFEST}")
+    fields = {"format_version": FORMAT_VERSION, **asdict(manifest)}
+    content = _compact({**fields, "sha256": hashlib.sha256(_compact(fields)).hexdigest()})
+    return store.put_if_absent(content, f"{folder}/{MANIFEST}")
+
+
+def _compact(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def list_commits(store: Store) -> list[int]:
@@ -82,16 +87,23 @@ def read_manifest(store: Store, step: int) -> Manifest:
     place = join(store.url, key)
     with store.open_range(key) as file:
         data = file.read()
+    damaged = DamagedCommit(f"{place}: damaged manifest; restore it or use another checkpoint")
     try:
         fields = json.loads(data)
+        seal = fields.pop("sha256", None)  # none in those of before there was one
+        whole = seal in (None, hashlib.sha256(_compact(fields)).hexdigest())
         version = fields.pop("format_version")
+        if not isinstance(version, int):
+            raise damaged
         files = {checked_key(name): FileEntry(**entry) for name, entry in fields.pop("files").items()}
         manifest = Manifest(files=files, **fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedCommit(f"{place}: damaged manifest; restore it or use another checkpoint") from error
+        raise damaged from error
     if version != FORMAT_VERSION:
         remedy = "update darkroom" if version > FORMAT_VERSION else "go on with the version that wrote it"
         raise DataError(f"{place}: format {version}, this version reads {FORMAT_VERSION}; {remedy}")
+    if not whole:
+        raise damaged
     if manifest.step != step:
         raise DamagedCommit(f"{place}: speaks of step {manifest.step}; restore it or use another checkpoint")
     return manifest

@@ -74,6 +74,8 @@ def open_store(url: str | os.PathLike[str]) -> LocalStore | S3Store:
     text = os.fspath(url)
     if not text:
         raise DataError("the URL is empty; give a local path or s3://bucket/prefix")
+    if text.startswith("s3:") and not text.startswith("s3://"):  # a bucket was meant, and a local folder would do
+        raise DataError(f"{text}: an s3 address must read s3://bucket/prefix; ./{text} is a local folder")
     if is_local(text):
         return LocalStore(_local_path(text))
     parts = urlsplit(text)

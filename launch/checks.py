@@ -8,7 +8,8 @@ from launch.errors import ConfigError
 
 # What the operating system says of a path that the user gave, or of a full disk: no bug.
 _UNUSABLE = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.EEXIST,
 }  # fmt: skip
 SEEDS = 2**63  # what torch's generators take
 

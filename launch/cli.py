@@ -59,6 +59,8 @@ def main() -> NoReturn:
         raise
     except SystemExit as done:
         if done.code:
+            if isinstance(done.code, int):
+                _leave(done.code)
             raise
     _leave(0)
 
@@ -112,8 +114,9 @@ def _train(
 ) -> None:
     from launch.checks import check_local
     from launch.config_io import find_recipe, load_recipe
-    from launch.runtime import become_single_rank, is_rank_process, ranks
+    from launch.runtime import become_single_rank, is_rank_process, leave_when_preempted, ranks
 
+    leave_when_preempted()
     run_dir = run or f"runs/{Path(recipe).stem}"
     check_local("--run", run_dir)
     find_recipe(recipe)  # a wrong name is said before torch is imported for the recipe's dataclasses
@@ -156,7 +159,9 @@ def encode(
 ) -> None:
     """Encode pictures and captions once, for training to read. The same command goes on."""
     from launch.config_io import find_recipe, load_recipe
+    from launch.runtime import leave_when_preempted
 
+    leave_when_preempted()
     find_recipe(recipe)
     _, config = load_recipe(recipe, overrides or [], {"encode": _schema("encode")})
     _spread(nproc)

@@ -30,18 +30,25 @@ def _commits(url: str) -> tuple[Any, list[int]]:
 @app.command("ls")
 def checkpoint_ls(url: Checkpoints, as_json: AsJson = False) -> None:
     """List the committed checkpoints."""
-    from data.manifest import read_manifest
+    from data.manifest import DamagedCommit, read_manifest
 
     store, steps = _commits(url)
     rows: list[dict[str, Any]] = []
     for step in steps:
-        manifest = read_manifest(store, step)
+        try:
+            manifest = read_manifest(store, step)
+        except DamagedCommit as error:
+            rows.append({"step": step, "damaged": str(error)})
+            continue
         size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
         rows.append({"step": step, "files": len(manifest.files), "bytes": size_bytes, "attempt": manifest.attempt})
     if as_json:
         typer.echo(json.dumps({"url": url, "checkpoints": rows}))
     else:
         for row in rows:
+            if "damaged" in row:
+                typer.echo(f"step {row['step']:>10}  {row['damaged']}")
+                continue
             size_mib = row["bytes"] / 2**20
             typer.echo(f"step {row['step']:>10}  {row['files']:>4} files  {size_mib:>10.1f} MiB  {row['attempt']}")
 

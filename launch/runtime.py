@@ -27,6 +27,7 @@ from launch.errors import ConfigError
 ERROR_DIR_VARIABLE = "DARKROOM_ERROR_DIR"
 EXIT_PREEMPTED = 75  # stopped by a signal and saved: the scheduler may requeue
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 _POLL_S = 0.05
 _VERDICT_S = 5.0  # for which a rank that lost its connection waits to hear whether another one died
 _LOST = ("onnection", "Broken pipe", "NCCL", "peer")  # words of gloo and NCCL when a rank is gone
@@ -131,6 +132,34 @@ def follows_from_another(error: BaseException) -> bool:
     return True
 
 
+def leave_when_preempted() -> None:
+    """SIGTERM and SIGUSR1 end this process at once with its line and code 75, where no `PreemptionFlag` is at work.
+
+    Before the first step and behind the last one there is nothing to save, and what is being written is whole or does
+    not count: the same command goes on.
+    """
+
+    process = os.getpid()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a reader process that was forked
+            os._exit(128 + number)
+        if not other_rank_reported():  # else the parent ends us, because of that rank
+            report_error(_Left(_left(signal.Signals(number).name)))
+        os._exit(EXIT_PREEMPTED)
+
+    for number in _PREEMPTING:
+        signal.signal(number, leave)
+
+
+class _Left(Exception):
+    exit_code = EXIT_PREEMPTED
+
+
+def _left(name: str) -> str:
+    return f"preempted by {name} outside of the training steps: what is saved stays; the same command goes on"
+
+
 class PreemptionFlag:
     """Turns SIGTERM and SIGUSR1 into a flag that the training loop asks between steps.
 
@@ -146,7 +175,7 @@ class PreemptionFlag:
         return self.signal_name is not None
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in _PREEMPTING:
             self._before[number] = signal.signal(number, self._set)
         return self
 
@@ -192,7 +221,7 @@ def spawn(nproc: int, argv: Sequence[str], env: Mapping[str, str] | None = None,
                 group.kill()
         said = _print_errors(error_dir)
         if code and not said and group.verdict:
-            print(f"error: {group.verdict}", file=sys.stderr, flush=True)
+            print(group.verdict, file=sys.stderr, flush=True)
     return code
 
 
@@ -300,10 +329,14 @@ class _Group:
         self._end_others()
         if code < 0:
             code = 128 - code
-            name = signal.Signals(code - 128).name
-            hint = " (out of memory?)" if name == "SIGKILL" else ""
-            if code - 128 not in self._received:
-                self.verdict = f"rank {rank} was killed by {name}{hint}; the run was stopped"
+            number = signal.Signals(code - 128)
+            hint = " (out of memory?)" if number == signal.SIGKILL else ""
+            if number in self._received and number in _PREEMPTING:  # so early that the rank could not say it
+                self.verdict = _left(number.name)
+                return EXIT_PREEMPTED
+            self.verdict = f"error: rank {rank} was killed by {number.name}{hint}; the run was stopped"
+        if signal.SIGINT in self._received:
+            self.verdict = "interrupted: what is saved stays; the same command goes on from there"
         return code
 
     def _end_others(self) -> None:

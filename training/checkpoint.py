@@ -47,6 +47,7 @@ from training.checkpoint_writer import Groups, HostCopy, Job, Owned, Report, dro
 from training.engine import Engine
 from training.errors import TrainingError
 from training.retention import Retention
+from training.run_directory import refuse_lost
 from training.run_mirror import RUN_YAML, RunMirror, claim, fetch_run
 from training.snapshot import Snapshot, newest_snapshot, on_all_ranks, on_rank0
 
@@ -183,11 +184,10 @@ class Checkpointer:
             raise no_valid_commit(self.store, files, complaints)
         if not_after is None:
             self._refuse_other_place()
-        if files and not_after is None:
-            log.warning(
-                "%s: earlier starts of this run were ended before their first checkpoint; starting from step 0",
-                self.url,
-            )
+            refuse_lost(self.directory, self.url)
+            assert self._started is not None
+            if self._started.generation > 1 or (self.directory / "metrics.jsonl").exists():
+                log.warning("%s: the run was started before and has no checkpoint; starting from step 0", self.url)
 
     def _refuse_other_place(self) -> None:
         """A run whose recipe now names an empty place has not lost its commits, but would begin anew."""

@@ -282,7 +282,7 @@ class Engine:
     def _zero12_fragment(self, parameter: nn.Parameter, of: Callable[[Tensor], Tensor]) -> Fragment:
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:  # another rank's partition holds all of it
-            empty = torch.empty(0, dtype=torch.float32, device=self.device)
+            empty = self.model.optimizer.single_partition_of_fp32_groups[0].detach().new_empty(0)
             return Fragment(data=empty, start=0, shape=tuple(parameter.shape))
         place = mapping.hp_fragment_address
         flat = of(self.model.optimizer.single_partition_of_fp32_groups[mapping.param_group_index])

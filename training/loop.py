@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from training.checkpoint import Checkpointer, Groups, Snapshot
 from training.config import AutoencoderRecipe, DiTRecipe
 from training.engine import Engine
 from training.errors import Preempted, TrainingError
-from training.metrics import Meter, Metrics, Parts, Reading
+from training.metrics import Meter, Metrics, Parts, Reading, read_metrics
 from training.throughput import Pace
 from training.watchdog import Watchdog
 
@@ -150,7 +151,10 @@ class Run:
         """A finished run that is trained further keeps its artifact under the step at which it was made."""
         artifact = self.directory / "artifact"
         if self.engine.rank == 0 and artifact.exists() and self.counters.step < self.recipe.total_steps:
-            kept = artifact.with_name(f"artifact-step-{self.counters.step:08d}")
+            rows = read_metrics(self.metrics.path) if self.metrics.path.exists() else []
+            made = max([row["step"] for row in rows], default=self.counters.step)  # the commit may be an older one
+            names = (f"artifact-step-{made:08d}{again}" for again in chain([""], (f"-{n}" for n in count(2))))
+            kept = next(path for path in map(artifact.with_name, names) if not path.exists())
             artifact.rename(kept)
             self.metrics.say(f"{artifact} was finished before; it is kept as {kept}")
 

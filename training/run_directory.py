@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data.errors import DataError
 from launch.config_io import dump_yaml, from_dict, read_yaml, to_dict
 from launch.errors import ConfigError
 from launch.runtime import Ranks
@@ -59,6 +60,15 @@ def _completed(old: dict[str, Any], schema: type[Any], path: Path) -> dict[str, 
     return {"kind": old.get("kind"), **to_dict(recipe)}
 
 
+def refuse_lost(directory: Path, url: str) -> None:
+    """Refuses to train a finished run anew because `url` holds none of its checkpoints any more."""
+    if (directory / "artifact").exists():
+        raise DataError(
+            f"{directory} is a finished run (it has an artifact) and {url} holds no checkpoint of it; restore them, or "
+            "give another --run to train anew"
+        )
+
+
 def refuse_other_recipe(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
     """Names the first field that makes `new` a different run."""
     for key in sorted(old.keys() | new.keys(), key=lambda name: (name != "kind", name)):
@@ -67,9 +77,10 @@ def refuse_other_recipe(old: dict[str, Any], new: dict[str, Any], directory: Pat
         left, right = _without_changeable(key, old.get(key)), _without_changeable(key, new.get(key))
         if left != right:
             name, was, now = _first_difference(key, left, right)
+            another = "another --run" + " and checkpoint.url" * bool((new.get("checkpoint") or {}).get("url"))
             raise TrainingError(
                 f"{directory} was started with {name} = {was!r}, the recipe now says {now!r}; "
-                "restore the value, or give another --run"
+                f"restore the value, or give {another}"
             )
 
 

@@ -473,12 +473,19 @@ def damage(folder: Path, how: str) -> None:
         victim.unlink()
     elif how == "manifest":
         (folder / "manifest.json").write_text("{")
-    else:  # a manifest that can be read and says of a tensor nothing that can be
+    elif how == "state":  # a manifest that says something else and is as readable as before
         text = (folder / "manifest.json").read_text()
+        changed = text.replace('"state":{', '"state":{"other":1,').replace('{"other":1,}', '{"other":1}')
+        assert changed != text
+        (folder / "manifest.json").write_text(changed)
+    else:  # one without a seal, as of earlier versions, that says of a tensor nothing that can be
+        fields = json.loads((folder / "manifest.json").read_text())
+        del fields["sha256"]
+        text = json.dumps(fields, separators=(",", ":"))
         (folder / "manifest.json").write_text(text.replace('"pieces":[[0,0]', '"pieces":[[0,1]'))
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "delete", "manifest", "layout"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete", "manifest", "layout", "state"])
 def test_a_damaged_commit_is_passed_over_aloud_and_can_be_made_again(tmp_path: Path, how: str) -> None:
     for step in (10, 20):
         save(tmp_path, step)
@@ -505,6 +512,15 @@ def test_what_was_saved_and_is_lost_is_never_started_anew(tmp_path: Path) -> Non
         find(tmp_path)
 
 
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_anew(tmp_path: Path) -> None:
+    def start(engine: Any) -> None:
+        Checkpointer(tmp_path / "run", CheckpointConfig(url=str(tmp_path / "empty")), engine).newest()
+
+    (tmp_path / "run" / "artifact").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="is a finished run .* holds no checkpoint of it; restore them"):
+        on_ranks(2, start)
+
+
 def test_a_start_that_ended_in_its_first_save_has_lost_nothing(place: str, caplog: pytest.LogCaptureFixture) -> None:
     def killed(engine: Any) -> None:
         keeper = Checkpointer(Path("unused"), CheckpointConfig(url=place), engine)
@@ -517,7 +533,8 @@ def test_a_start_that_ended_in_its_first_save_has_lost_nothing(place: str, caplo
     store = open_store(place)
     assert store.list("step-") and not list_commits(store)
     assert find(place) == (None, [], 0)
-    assert any("ended before their first checkpoint; starting from step 0" in message for message in caplog.messages)
+    said = "the run was started before and has no checkpoint; starting from step 0"
+    assert sum(said in message for message in caplog.messages) == 1, "not by the very first start"
     save(place, 4)
     left = {key.split("/")[1] for key, _ in store.list("step-")}
     assert left == {"manifest.json", read_manifest(store, 4).attempt}, "the remains are gone"

@@ -175,6 +175,8 @@ def test_a_listing_leaves_out_what_is_deleted_meanwhile(tmp_path: Path, monkeypa
 def test_urls(tmp_path: Path) -> None:
     assert join("s3://b/p/", "x", "y/z") == "s3://b/p/x/y/z" and join("/", "a") == "/a"
     assert is_local("a/b") and is_local("file:///a") and not is_local("s3://b")
+    with pytest.raises(DataError, match="s3:/b/c: an s3 address must read s3://bucket/prefix"):
+        open_store("s3:/b/c")  # would be a local folder
     opened = open_store(f"file://{tmp_path}/with%20space")
     assert isinstance(opened, LocalStore) and opened.root == tmp_path / "with space"
     for url in ("gs://b/x", "https://h/x", "s3://", "s3://id:key@b/x", "", "pipe:cat x"):
@@ -206,7 +208,7 @@ def test_manifest_is_the_commit(store: Store) -> None:
     assert read_manifest(store, 20) == manifest
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "traversal"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "traversal", "version", "sealed"])
 def test_a_damaged_commit_is_passed_over_aloud(tmp_path: Path, damage: str) -> None:
     store = open_store(tmp_path)
     _commit(store, 10)
@@ -220,8 +222,15 @@ def test_a_damaged_commit_is_passed_over_aloud(tmp_path: Path, damage: str) -> N
         weights.unlink()
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:-20])
-    else:
-        manifest.write_text(manifest.read_text().replace("one/weights", "../../secret"))
+    elif damage == "version":
+        manifest.write_text(manifest.read_text().replace('"format_version":2', '"format_version":"2"'))
+    else:  # "sealed": as readable as before, and something else
+        wrong = '"n":1', '"n":3'
+        if damage == "traversal":
+            wrong = "one/weights", "../../secret"
+        text = manifest.read_text()
+        assert wrong[0] in text
+        manifest.write_text(text.replace(*wrong))
     found = newest_verified(store)
     assert found is not None
     step, _, complaints = found

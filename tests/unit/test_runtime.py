@@ -181,6 +181,35 @@ def test_signals_reach_every_rank(number: signal.Signals, tmp_path: Path) -> Non
     assert err == ""
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("handles", [True, False])  # False: the signal came before the rank could say what to do
+def test_a_signal_outside_of_the_steps_is_a_preemption(number: signal.Signals, handles: bool, tmp_path: Path) -> None:
+    install = "from launch.runtime import leave_when_preempted\nleave_when_preempted()\n" * handles
+    parent = start_parent(f"{install}say('ready')\nwhile True: signal.pause()", tmp_path)
+    assert lines_until_ready(parent, 2) == ["ready", "ready"]
+    parent.send_signal(number)
+    _, err = parent.communicate(timeout=60)
+    assert parent.returncode == 75
+    assert err == (
+        f"preempted by {number.name} outside of the training steps: what is saved stays; the same command goes on\n"
+    )
+
+
+def test_a_rank_that_is_ended_for_another_s_sake_is_no_preemption(capfd: pytest.CaptureFixture[str]) -> None:
+    body = (
+        "from launch.runtime import leave_when_preempted, report_error\n"
+        "import pathlib\n"
+        "leave_when_preempted()\n"
+        "there = pathlib.Path(os.environ['DARKROOM_ERROR_DIR'])\n"
+        "if RANK == 0:\n"
+        "    (there / 'ready').touch(); signal.pause()\n"
+        "while not (there / 'ready').exists(): time.sleep(0.01)\n"
+        "report_error(ValueError('the cause')); os._exit(1)"
+    )
+    assert spawn(2, rank_program(body), {**os.environ, "PYTHONPATH": str(ROOT)}) == 1
+    assert capfd.readouterr().err == "error: the cause\n"
+
+
 def test_a_second_interrupt_kills(tmp_path: Path) -> None:
     body = "signal.signal(signal.SIGINT, lambda *_: say('once'))\nsay('ready')\nwhile True: signal.pause()"
     parent = start_parent(body, tmp_path)
@@ -188,8 +217,9 @@ def test_a_second_interrupt_kills(tmp_path: Path) -> None:
     parent.send_signal(signal.SIGINT)
     assert lines_until_ready(parent, 2) == ["once", "once"]
     parent.send_signal(signal.SIGINT)
-    parent.communicate(timeout=60)
+    _, err = parent.communicate(timeout=60)
     assert parent.returncode == 137
+    assert err == "interrupted: what is saved stays; the same command goes on from there\n"  # no word of memory
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PDEATHSIG is Linux's")
