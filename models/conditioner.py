@@ -100,7 +100,7 @@ class JointEncoders(nn.Module):
         self.text_dim = max([sum(encoder.width for encoder in clips)] + [encoder.width for encoder in t5s])
         self.pooled_dim = sum(encoder.pooled_dim for encoder in clips)
         self._caches = [_RowCache(self._row_floats(encoder)) for encoder in encoders]
-        self._nulls: dict[int, TextFeatures] = {}
+        self._nulls: dict[tuple[int, torch.device | None], TextFeatures] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "JointEncoders":
         super()._apply(fn, recurse)  # a move to another device or type
@@ -163,7 +163,7 @@ class JointEncoders(nn.Module):
         for number, stored in enumerate(features):
             gone = None if drop is None else drop[:, number]
             if gone is not None and gone.any():
-                stored = _replace(stored, gone, self.null_features(number))
+                stored = _replace(stored, gone, self.null_features(number, stored.tokens.device))
             heard.append(stored)
         return heard
 
@@ -213,13 +213,24 @@ class JointEncoders(nn.Module):
         return self._split(number, *self._caches[number].get(captions, self._encode_rows(number)))
 
     @torch.no_grad()
-    def null_features(self, number: int) -> TextFeatures:
-        """An encoder's features of "", without masked padding; made once, however large they are."""
-        if number not in self._nulls:
-            null = self._split(number, *self._encode_rows(number)([""]))
-            length = int(null.mask.sum()) if self.text_padding == "masked" else null.tokens.shape[1]
-            self._nulls[number] = TextFeatures(null.tokens[:, :length], null.mask[:, :length], null.pooled)
-        return self._nulls[number]
+    def null_features(self, number: int, device: torch.device | None = None) -> TextFeatures:
+        """An encoder's features of "", without masked padding; made once, however large they are.
+
+        Args:
+            number: Of the encoder.
+            device: Where features and pooled vector shall lie; None = where the encoder is. The mask is on the CPU.
+        """
+        key = number, device
+        if key not in self._nulls:
+            if device is None:
+                null = self._split(number, *self._encode_rows(number)([""]))
+                length = int(null.mask.sum()) if self.text_padding == "masked" else null.tokens.shape[1]
+                null = TextFeatures(null.tokens[:, :length], null.mask[:, :length], null.pooled)
+            else:
+                null = self.null_features(number)
+                null = TextFeatures(null.tokens.to(device), null.mask, null.pooled.to(device))
+            self._nulls[key] = null
+        return self._nulls[key]
 
     def _split(self, number: int, rows: Tensor, lengths: Tensor) -> TextFeatures:
         """Rows (B, L·D + P) of an encoder taken apart."""
@@ -252,8 +263,8 @@ def _replace(stored: TextFeatures, gone: Tensor, null: TextFeatures) -> TextFeat
     length = max(stored.tokens.shape[1], null.tokens.shape[1])
 
     def choose(new: Tensor, old: Tensor) -> Tensor:
-        where = gone.to(old.device).view(-1, *(1,) * (old.ndim - 1))
-        return torch.where(where, new.to(old.device), old)
+        where = gone.to(old.device, non_blocking=True).view(-1, *(1,) * (old.ndim - 1))
+        return torch.where(where, new, old)
 
     def longer(features: TextFeatures) -> tuple[Tensor, Tensor]:
         behind = length - features.mask.shape[1]
@@ -287,7 +298,7 @@ class _RowCache:
             order = {caption: place for place, caption in enumerate(unique)}
             rows, lengths = encode(unique)
             picked = [order[caption] for caption in captions]
-            return rows[picked], lengths[picked]
+            return rows[_index(picked, rows)], lengths[picked]
         missing = []
         for caption in unique:
             if caption in self._places:
@@ -297,7 +308,7 @@ class _RowCache:
         if missing:
             self._store(missing, *encode(missing))
         picked = [self._places[caption] for caption in captions]
-        return self._table[picked], self._lengths[picked]
+        return self._table[_index(picked, self._table)], self._lengths[picked]
 
     def _store(self, captions: list[str], rows: Tensor, lengths: Tensor) -> None:
         new_places = []
@@ -310,7 +321,12 @@ class _RowCache:
             size = min(self.capacity, max(2 * len(self._table), 2 * len(self._places)))
             self._table = _grown(self._table, rows, size)
             self._lengths = _grown(self._lengths, lengths, size)
-        self._table[new_places], self._lengths[new_places] = rows, lengths
+        self._table[_index(new_places, rows)], self._lengths[new_places] = rows, lengths
+
+
+def _index(places: list[int], table: Tensor) -> Tensor:
+    """An index beside the table. torch would make one of a list, and have the host wait for the copy to a GPU."""
+    return torch.tensor(places).to(table.device, non_blocking=True)
 
 
 def _grown(table: Tensor, like: Tensor, size: int) -> Tensor:

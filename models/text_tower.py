@@ -69,11 +69,22 @@ class TextEncoder(nn.Module):
         if self.config.kind == "clip":
             features, pooled = self._forward_clip(ids)
         else:
-            hidden = self.tower(input_ids=ids, attention_mask=mask) if masked else self.tower(input_ids=ids)
+            hidden = self.tower(input_ids=ids, **({"attention_mask": self._hiding(mask)} if masked else {}))
             features = hidden.last_hidden_state.float()
         if masked:
             features = features.masked_fill(~mask[:, :, None], 0.0)
         return features, mask, pooled
+
+    def _hiding(self, mask: Tensor) -> Tensor:
+        """What is added to a T5's attention scores, (B, 1, 1, L).
+
+        Of a mask (B, L) transformers itself would make the same, but only after it has waited for the device to say
+        whether anything is hidden at all.
+        """
+        dtype = next(self.tower.parameters()).dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
+            :, None, None
+        ]
 
     def _forward_clip(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         tower: Any = self.tower
@@ -92,7 +103,7 @@ class TextEncoder(nn.Module):
         The mask lies on the CPU, where the captions are: its lengths cost no host sync.
         """
         ids = self.tokenize(captions)
-        features, _, pooled = self(ids.to(next(self.tower.parameters()).device), masked)
+        features, _, pooled = self(ids.to(next(self.tower.parameters()).device, non_blocking=True), masked)
         return features, self._mask(ids), pooled
 
     def _mask(self, ids: Tensor) -> Tensor:

@@ -160,15 +160,18 @@ class Metrics:
         self._last_line_s = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one row; a restart appends again, and readers keep the last row of a step."""
+        """Appends one row; a restart appends again, and readers keep the last row of a step. A disk may refuse."""
         if self.rank != 0:
             return
-        with self.path.open("ab+") as file:
-            torn = file.tell() > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
-            file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
-        if self._tracker is not None:
-            scalars = {key: value for key, value in row.items() if isinstance(value, int | float)}
-            self._tracker.log(scalars, step=row["step"])
+        try:
+            with self.path.open("ab+") as file:
+                torn = file.tell() > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
+                file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+            if self._tracker is not None:
+                scalars = {key: value for key, value in row.items() if isinstance(value, int | float)}
+                self._tracker.log(scalars, step=row["step"])
+        except OSError as error:  # a full disk: whether training stops is for the saves to say
+            self.say(f"warning: {self.path}: {error.strerror}; the row of step {row['step']} may be lost")
 
     def show(self, step: int, total_steps: int, row: dict[str, Any]) -> None:
         """The progress line: loss, images/s, data wait and time left; on a plain log one line every ten seconds."""
@@ -192,7 +195,8 @@ class Metrics:
         if self._progress is not None:
             self._progress.stop()
         if self._tracker is not None:
-            self._tracker.finish()
+            with contextlib.suppress(OSError):
+                self._tracker.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -171,3 +171,15 @@ def test_metrics_survive_a_torn_line_and_keep_the_last_row_of_a_step(tmp_path):
         2,
         1,
     ]
+
+
+def test_a_full_disk_costs_a_row_and_not_the_run(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    metrics = Metrics(tmp_path, rank=0, total_steps=2, quiet=True)
+    metrics.write({"step": 1, "loss": 1.0})
+    path.unlink()
+    metrics.write({"step": 2, "loss": 0.5})
+    metrics.close()
+    assert read_metrics(path) == [{"step": 2, "loss": 0.5}]
+    assert "No space left on device; the row of step 1 may be lost" in " ".join(capsys.readouterr().err.split())
