@@ -51,8 +51,8 @@ class EngineConfig:
             )
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm {self.max_grad_norm} must not be negative; 0 is no clipping")
-        if self.hang_timeout_s < 0:
-            raise ValueError(f"hang_timeout_s {self.hang_timeout_s} must not be negative; 0 is no watch")
+        if self.hang_timeout_s < 1 and self.hang_timeout_s != 0:  # the watch itself takes part of a second
+            raise ValueError(f"hang_timeout_s {self.hang_timeout_s} must be at least 1, or 0 for no watch")
         if self.zero_stage == 0 and self.precision == "bfloat16":
             raise ValueError("zero_stage 0 keeps no fp32 master weights for bfloat16; use zero_stage 1, 2 or 3")
         if self.zero_stage == 0 and self.offload_optimizer:
