@@ -295,6 +295,10 @@ def _use_bfloat16(config: EngineConfig, device_type: str) -> bool:
     )
 
 
+def _no_overflow(record: logging.LogRecord) -> bool:
+    return "OVERFLOW!" not in record.getMessage()
+
+
 def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator":
     """The Accelerator with a DeepSpeed configuration in which nothing is left to a default that changes numbers."""
     if not torch.cuda.is_available():
@@ -311,6 +315,8 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
     # lock that hangs the next run), yet only tensor-parallel inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # It says of every update that is left out that the gradients are not finite, which a spike's are; the run says why.
+    deepspeed.utils.logger.addFilter(_no_overflow)
     bucket = 2**28 if torch.cuda.is_available() else 2**22  # elements; the buffers are allocated up front
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
     ds_config = {
