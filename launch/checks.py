@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 from pathlib import Path
 
 from launch.errors import ConfigError
@@ -21,9 +22,14 @@ def mistake_behind(error: Exception) -> ConfigError | None:
             "a reader process of the data died, perhaps for lack of memory; lower data.num_workers or "
             "data.shuffle_chunk_samples"
         )
-    if not isinstance(error, OSError) or error.filename is None or error.errno not in _UNUSABLE:
+    if not isinstance(error, OSError) or error.filename is None or isinstance(error.filename, int):
         return None
-    return ConfigError(f"{error.filename}: {error.strerror}; check the path, the rights and the free space")
+    name = os.fsdecode(error.filename)
+    if error.errno == errno.ENOENT and not Path(name).parent.exists():
+        return ConfigError(f"{name}: its folder is gone; was it moved or deleted while this ran?")
+    if error.errno not in _UNUSABLE:
+        return None
+    return ConfigError(f"{name}: {error.strerror}; check the path, the rights and the free space")
 
 
 def check_sampling(steps: int, guidance: float, seed: int = 0) -> None:

@@ -103,6 +103,14 @@ def save_artifact(
         return write_artifact(temporary, kind, config, tensors, fingerprints, files)
 
 
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file. Raises ModelError when the disk refuses, of which safetensors does not say where."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: {error}; check the path, the rights and the free space") from error
+
+
 def write_artifact(
     folder: Path,
     kind: str,
@@ -122,7 +130,7 @@ def write_artifact(
         "files": sorted(files or {}),
         "config": config,
     }
-    save_file(on_cpu, folder / WEIGHTS_NAME)
+    write_safetensors(on_cpu, folder / WEIGHTS_NAME)
     for name, content in (files or {}).items():
         (folder / name).write_bytes(content)
     (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ When a step is bad is `training.step_policy`'s; docs/faults.md is the contract.
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from training.checkpoint import Checkpointer, Snapshot
 from training.engine import Engine
 from training.errors import TrainingError
 from training.step_policy import BadStep, StepPolicy, StepPolicyConfig
+
+log = logging.getLogger(__name__)
 
 NAMED_KEYS = 5  # samples that the line named which ends a run; its files name them all
 
@@ -43,6 +46,12 @@ class BadSteps:
         self._keys = [*self._keys, *(key for batch in batches for key in batch.keys)][:NAMED_KEYS]
         self._reasons.add(bad.reason)
         self._write(step, bad, batches)
+        count = self.policy.skipped_steps
+        if self._engine.rank == 0 and str(count).strip("0") == "1":  # the first, the 10th, the 100th, …
+            above = f" above {bad.threshold:.3g}" * math.isfinite(bad.threshold)
+            which = "" if count == 1 else f" (the {count}th such step)"
+            why, record = f"{bad.reason}, norm {bad.norm:.3g}{above}{which}", self._directory / "bad_steps-*.jsonl"
+            log.warning("step %d updated nothing: %s; %s has its samples", step, why, record)
         return True
 
     def _write(self, step: int, bad: BadStep, batches: Sequence[Batch]) -> None:

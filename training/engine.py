@@ -52,8 +52,8 @@ class EngineConfig:
             )
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm {self.max_grad_norm} must not be negative; 0 is no clipping")
-        if self.hang_timeout_s < 0:
-            raise ValueError(f"hang_timeout_s {self.hang_timeout_s} must not be negative; 0 is no watch")
+        if self.hang_timeout_s < 1 and self.hang_timeout_s != 0:  # the watch itself takes part of a second
+            raise ValueError(f"hang_timeout_s {self.hang_timeout_s} must be at least 1, or 0 for no watch")
         if self.zero_stage == 0 and self.precision == "bfloat16":
             raise ValueError("zero_stage 0 keeps no fp32 master weights for bfloat16; use zero_stage 1, 2 or 3")
         if self.zero_stage == 0 and self.offload_optimizer:
@@ -301,6 +301,10 @@ def _use_bfloat16(config: EngineConfig, device_type: str) -> bool:
     )
 
 
+def _no_overflow(record: logging.LogRecord) -> bool:
+    return "OVERFLOW!" not in record.getMessage()
+
+
 def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator":
     """The Accelerator with a DeepSpeed configuration in which nothing is left to a default that changes numbers."""
     if not torch.cuda.is_available():
@@ -317,6 +321,8 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
     # lock that hangs the next run), yet only tensor-parallel inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # It says of every update that is left out that the gradients are not finite, which a spike's are; the run says why.
+    deepspeed.utils.logger.addFilter(_no_overflow)
     bucket = 2**28 if torch.cuda.is_available() else 2**22  # elements; the buffers are allocated up front
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
     ds_config = {

@@ -24,7 +24,7 @@ from data.loader import Batch, build_loader, check_stamp
 from data.streams import Cursor, Position
 from launch.runtime import PreemptionFlag
 from training.bad_steps import BadSteps
-from training.checkpoint import Checkpointer, Groups, Snapshot
+from training.checkpoint import CheckpointConfig, Checkpointer, Groups, Snapshot, bring_up_to_date
 from training.config import AutoencoderRecipe, DiTRecipe
 from training.engine import Engine
 from training.errors import Preempted, TrainingError
@@ -50,6 +50,20 @@ def check_data(recipe: AutoencoderRecipe | DiTRecipe, engine: Engine) -> tuple[I
         world_size=engine.world_size,
     )
     return loader.indexes
+
+
+def open_checkpoints(
+    directory: Path, config: CheckpointConfig, engine: Engine, local_rank: int
+) -> tuple[Checkpointer, Snapshot | None]:
+    """The run's checkpoints and the newest good one. Collective.
+
+    Afterwards the run directory is brought up to date once more: an earlier start may have lived on until this one took
+    over, and where rank 0 has just made the run, a machine with a disk of its own gets its run.yaml.
+    """
+    checkpointer = Checkpointer(directory, config, engine)
+    snapshot = checkpointer.newest()
+    bring_up_to_date(directory, config, engine, local_rank)
+    return checkpointer, snapshot
 
 
 @dataclass

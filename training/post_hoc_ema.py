@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.commit import Commit
 from data.manifest import list_commits, read_manifest, verify
 from data.object_store import open_store
+from models.artifact import write_safetensors
 from training.ema import check_sigma_rel, gamma_of
 from training.errors import TrainingError
 
@@ -114,7 +114,7 @@ def write_post_hoc_ema(url: str, sigma_rel: float, out: Path, step: int | None =
     tensors = _combine(stored, found.weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
-    save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in facts.items()})
+    write_safetensors(tensors, partial, metadata={key: json.dumps(value) for key, value in facts.items()})
     partial.rename(out)
     return facts
 

@@ -17,7 +17,7 @@ from models.autoencoder import Autoencoder, save_autoencoder
 from models.discriminator import Discriminator
 from models.perceptual import load_perceptual
 from training.autoencoder_step import discriminator_step, generator_step
-from training.checkpoint import Checkpointer, bring_up_to_date
+from training.checkpoint import bring_up_to_date
 from training.checkpoint_writer import Groups
 from training.config import AutoencoderRecipe
 from training.diffusion_step import posterior_noise
@@ -27,7 +27,7 @@ from training.errors import TrainingError
 from training.fragments import gather_into
 from training.hooks import write_grid
 from training.init_from import init_from
-from training.loop import Run, check_data
+from training.loop import Run, check_data, open_checkpoints
 from training.losses import psnr_db
 from training.optim import parameter_groups
 from training.replica import Replica
@@ -60,10 +60,7 @@ def train(recipe: AutoencoderRecipe, run_dir: str, quiet: bool = False) -> None:
 
     autoencoder.init_weights(recipe.seed)
     discriminator.init_weights(recipe.seed + 1)
-    checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
-    snapshot = checkpointer.newest()
-    if snapshot is None:  # rank 0 has made the run: a machine with a disk of its own gets its run.yaml
-        bring_up_to_date(directory, recipe.checkpoint, engine, process.local_rank)
+    checkpointer, snapshot = open_checkpoints(directory, recipe.checkpoint, engine, process.local_rank)
     engine.shard(autoencoder, recipe.optim, autoencoder.blocks)
     replica = Replica(discriminator, recipe.discriminator_optim, engine.device)
     if recipe.init_from and snapshot is None:

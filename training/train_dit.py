@@ -9,7 +9,7 @@ from models.autoencoder import load_autoencoder, save_autoencoder
 from models.dit import DiT, DiTConfig
 from models.pipeline import TextToImage
 from models.text_encoder import Conditioner
-from training.checkpoint import Checkpointer, bring_up_to_date
+from training.checkpoint import bring_up_to_date
 from training.checkpoint_writer import Groups
 from training.config import DiTRecipe
 from training.diffusion_step import diffusion_step
@@ -20,7 +20,7 @@ from training.fragments import gather_into
 from training.frozen import Frozen, check_encodings, load_frozen
 from training.hooks import sample_grid
 from training.init_from import init_from
-from training.loop import Run, check_data
+from training.loop import Run, check_data, open_checkpoints
 from training.optim import parameter_groups
 from training.run_checks import DiffusionChecks
 from training.run_directory import open_run_directory
@@ -47,10 +47,7 @@ def train(recipe: DiTRecipe, run_dir: str, quiet: bool = False) -> None:
     open_run_directory(directory, recipe, "dit", process)
 
     dit.init_weights(recipe.seed)
-    checkpointer = Checkpointer(directory, recipe.checkpoint, engine)
-    snapshot = checkpointer.newest()
-    if snapshot is None:  # rank 0 has made the run: a machine with a disk of its own gets its run.yaml
-        bring_up_to_date(directory, recipe.checkpoint, engine, process.local_rank)
+    checkpointer, snapshot = open_checkpoints(directory, recipe.checkpoint, engine, process.local_rank)
     engine.shard(dit, recipe.optim, dit.blocks)
     # Stored features need the text encoders for the null condition and the sample grids alone: no GPU memory for that.
     frozen.to(engine.device, text=any(index.encoding is None for index in indexes))

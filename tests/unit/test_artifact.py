@@ -15,6 +15,7 @@ from models.artifact import (
     load_weights,
     new_folder,
     save_artifact,
+    write_safetensors,
 )
 from models.autoencoder import AutoencoderConfig
 from models.errors import ModelError
@@ -74,6 +75,11 @@ def test_existing_folder_is_refused_and_kept(saved: Path) -> None:
     with pytest.raises(ModelError, match="never overwritten"):
         save_artifact(saved, "thing", {}, {})
     assert load_artifact(saved, "thing").config == CONFIG
+
+
+def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="absent/x.safetensors: .*; check the path, the rights and the free space"):
+        write_safetensors({"x": torch.ones(2)}, tmp_path / "absent" / "x.safetensors")
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:

@@ -34,12 +34,14 @@ def test_a_new_folder_is_new_and_local(tmp_path: Path) -> None:
             check_new_folder("--out", place)
 
 
-def test_a_place_that_cannot_be_used_is_no_bug() -> None:
+def test_a_place_that_cannot_be_used_is_no_bug(tmp_path: Path) -> None:
     mistake = mistake_behind(OSError(errno.ENOSPC, "No space left on device", "/data/x"))
     assert mistake is not None and mistake.exit_code == 2
     assert str(mistake).startswith("/data/x: No space left on device;")
     assert mistake_behind(OSError(errno.ENOSPC, "No space left on device")) is None  # of no path: perhaps a bug
-    assert mistake_behind(FileNotFoundError(errno.ENOENT, "No such file", "/data/x")) is None
+    assert mistake_behind(FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "x"))) is None
+    gone = mistake_behind(FileNotFoundError(errno.ENOENT, "No such file", bytes(tmp_path / "run" / "metrics.jsonl")))
+    assert str(gone) == f"{tmp_path}/run/metrics.jsonl: its folder is gone; was it moved or deleted while this ran?"
     assert mistake_behind(RuntimeError("x")) is None
 
 

@@ -17,10 +17,11 @@ from tests.helpers import tiny
 from tests.helpers.commits import write_commit
 from tests.helpers.thread_ranks import cut, on_ranks, whole
 from training.attempts import Attempt, register
-from training.checkpoint import CheckpointConfig, Checkpointer
+from training.checkpoint import CheckpointConfig, Checkpointer, bring_up_to_date
 from training.errors import TrainingError
 from training.frozen import load_frozen
 from training.init_from import init_from
+from training.loop import open_checkpoints
 from training.run_mirror import RunMirror, fetch_run
 
 LINE = json.dumps(
@@ -108,6 +109,27 @@ def test_the_newest_start_wins_over_a_leftover_and_over_a_machine_that_was_left(
         assert (folder / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     second.drop_older()
     assert {key.rpartition("/")[2][:6] for key, _ in store.list("run/parts/metrics.jsonl/")} == {"000002"}
+
+
+def test_what_an_earlier_start_put_until_it_was_taken_over_is_there(tmp_path: Path) -> None:
+    old, new = a_run(tmp_path / "old"), tmp_path / "new"
+    config = CheckpointConfig(url=str(tmp_path / "bucket"))
+
+    def work(engine: Any) -> None:
+        first = Checkpointer(old, config, engine)
+        first.newest()
+        first.save(2, {"model": whole({"w": torch.ones(3)})}, {})
+        first.finish()
+        bring_up_to_date(new, config, engine, 0)  # the second start begins, and the first goes on
+        with (old / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3}\n{"step": 4}\n')
+        first.save(4, {"model": whole({"w": torch.ones(3)})}, {})
+        first.finish()
+        _, snapshot = open_checkpoints(new, config, engine, 0)
+        assert snapshot is not None and snapshot.step == 4
+
+    on_ranks(1, work)
+    assert (new / "metrics.jsonl").read_bytes() == (old / "metrics.jsonl").read_bytes()
 
 
 def test_a_copy_with_a_hole_is_refused(tmp_path: Path, store: Any) -> None:
