@@ -305,27 +305,11 @@ def _no_overflow(record: logging.LogRecord) -> bool:
     return "OVERFLOW!" not in record.getMessage()
 
 
-def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator":
-    """The Accelerator with a DeepSpeed configuration in which nothing is left to a default that changes numbers."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)  # otherwise DeepSpeed looks for MPI
-    os.environ.setdefault("MASTER_PORT", "29500")
-    import deepspeed
-    import deepspeed.ops
-    from accelerate import Accelerator
-    from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
-
-    # The shared-memory collective is compiled at start-up (80 s, needs ninja and g++, and a killed compile leaves a
-    # lock that hangs the next run), yet only tensor-parallel inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # It says of every update that is left out that the gradients are not finite, which a spike's are; the run says why.
-    deepspeed.utils.logger.addFilter(_no_overflow)
+def _deepspeed_config(config: EngineConfig, accumulation_steps: int) -> dict[str, Any]:
+    """Nothing is left to a default that changes numbers."""
     bucket = 2**28 if torch.cuda.is_available() else 2**22  # elements; the buffers are allocated up front
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
-    ds_config = {
+    return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,  # absent means 1.0; stage 0: ours
@@ -350,10 +334,30 @@ def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator"
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+
+
+def _accelerator(config: EngineConfig, accumulation_steps: int) -> "Accelerator":
+    """The Accelerator, with the ranks connected."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)  # otherwise DeepSpeed looks for MPI
+    os.environ.setdefault("MASTER_PORT", "29500")
+    import deepspeed
+    import deepspeed.ops
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
+
+    # The shared-memory collective is compiled at start-up (80 s, needs ninja and g++, and a killed compile leaves a
+    # lock that hangs the next run), yet only tensor-parallel inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # It says of every update that is left out that the gradients are not finite, which a spike's are; the run says why.
+    deepspeed.utils.logger.addFilter(_no_overflow)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
         accelerator = Accelerator(
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config),
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_deepspeed_config(config, accumulation_steps)),
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps),
             # Left to itself, accelerate takes ranks without a GPU for processes of their own.
             kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=group_timeout(config.hang_timeout_s))],
