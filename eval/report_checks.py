@@ -31,7 +31,7 @@ def run_checks(run: RunFacts) -> str:
     if not checked:
         return ""
     last = checked[-1]
-    lines = [*_draws(last), *_times(run, checked), *_text(run, last), *_latents(last), *_data(run, last)]
+    lines = [*_draws(last), *_times(run, checked), *_text(run, last), *_latents(last), *_data(run, last), *_steps(last)]
     complaints = _complaints(run.rows)
     now = {line.partition(":")[0] for kind in ("warnings", "errors") for line in last.get(kind, ())}
     body = "".join(_row(line, now) for line in lines)
@@ -144,6 +144,16 @@ def _data(run: RunFacts, last: dict[str, Any]) -> Iterator[Line]:
     allowed = run.settings.get("data", {}).get("max_bad_fraction", 1.0)
     yield Line(name="Samples that could not be used", measured=f"{bad:,} of {seen:,}",
                declared=f"at most {100 * allowed:g} %", wrong=bad > allowed * max(seen, 1000))  # fmt: skip
+
+
+def _steps(last: dict[str, Any]) -> Iterator[Line]:
+    """What the run left out, undid or lost (docs/faults.md, docs/checkpoint.md); since its first start."""
+    if "skipped_steps" in last:
+        skipped, undone = last["skipped_steps"], last.get("roll_backs", 0)
+        measured = f"{skipped:,} of {last['step']:,} updated nothing; {undone:,} roll-backs"
+        yield Line(name="Bad steps", measured=measured, declared="none undone", wrong=undone > 0)
+    if last.get("fallbacks"):
+        yield Line(name="Damaged checkpoints passed over", measured=f"{last['fallbacks']:,}", declared="0", wrong=True)
 
 
 def _pace(run: RunFacts) -> str:

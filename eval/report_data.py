@@ -98,7 +98,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows by step; a line that a kill cut short is passed over (a resume goes on below it)."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:

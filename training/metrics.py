@@ -202,8 +202,9 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of `metrics.jsonl` in step order, the last written of each step."""
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a line that a kill cut short; its step was taken again
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # A line that a kill cut short, whose step was taken again, or what a power cut left.
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
-            rows[row["step"]] = row
+            rows[int(row["step"])] = row
     return [rows[step] for step in sorted(rows)]

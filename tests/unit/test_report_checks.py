@@ -65,6 +65,15 @@ def test_measured_stands_beside_declared(tmp_path):
     assert "last values: t 0–0.2 0.5, t 0.2–0.5 3," in section
 
 
+def test_bad_steps_and_roll_backs_are_told(tmp_path):
+    quiet = verdicts(page(tmp_path / "run", [row(4, skipped_steps=1, bad_steps_in_a_row=0, roll_backs=0)]))
+    assert quiet["Bad steps"] == ("✓", "1 of 4 updated nothing; 0 roll-backs", "none undone")
+    assert "Damaged checkpoints passed over" not in quiet
+    bad = verdicts(page(tmp_path / "run", [row(9, skipped_steps=6, bad_steps_in_a_row=0, roll_backs=2, fallbacks=1)]))
+    assert bad["Bad steps"] == ("✗", "6 of 9 updated nothing; 2 roll-backs", "none undone")
+    assert bad["Damaged checkpoints passed over"] == ("✗", "1", "0")
+
+
 def test_complaints_are_told_with_their_steps(tmp_path):
     rows = [row(step) for step in range(1, 6)]
     rows[1]["warnings"] = ["data wait: 20 % of the time"]
