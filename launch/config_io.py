@@ -338,6 +338,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     dotted, text = match.groups()
     if dotted in ("kind", "base"):
         raise ConfigError(f"override {override!r}: {dotted} cannot be overridden; choose another recipe")
+    if not text.strip():  # YAML would read null: a shell's variable that is not set, more often than not
+        raise ConfigError(f"override {override!r} has no value; write {dotted}=null for none")
     value = _parse_yaml(text, f"override {dotted}={_one_line(text)}")
     parts = dotted.split(".")
     here: Any = values

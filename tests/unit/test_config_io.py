@@ -174,6 +174,7 @@ def test_a_mistake_is_one_line_with_its_path(tmp_path: Path, text: str, expected
         ("steps.a=4", "steps is 1 (an integer), it has no keys"),
         ("title=[", "override title=["),
         ("kind=other", "kind cannot be overridden"),
+        ("title=", "has no value; write title=null for none"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path: Path, override: str, expected: str) -> None:
