@@ -29,7 +29,7 @@ tr.bound td,tr.bound th{color:var(--soft);font-weight:400}
 .checks td:first-child{width:1.4rem}.checks td,.checks th{padding-right:1.5rem}
 .complaints{margin:.5rem 0 1.25rem;padding-left:1.2rem;max-width:88ch}
 .charts{align-items:start;display:grid;
-grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:1.25rem 1.5rem}
+grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1.25rem 1.5rem}
 figure{margin:0}figcaption{font-size:.875rem;font-weight:600;margin-bottom:.25rem}
 svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:var(--soft)}
